@@ -1,0 +1,29 @@
+"""Run model bundles on edge devices.
+
+    import edge_infer
+
+    with edge_infer.load("digits") as session:
+        answer = session.run({"image": image})
+
+Importing this package imports neither numpy nor an engine; ``load`` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edge_infer.errors import EdgeInferError
+
+if TYPE_CHECKING:
+    from edge_infer.runtime.session import Session, load
+
+__all__ = ["EdgeInferError", "Session", "__version__", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Session", "load"):
+        from edge_infer.runtime import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module 'edge_infer' has no attribute {name!r}")

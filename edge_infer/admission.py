@@ -1,0 +1,120 @@
+"""Run the device command line in a child process, and turn however it ends into a result or a typed error.
+
+A new bundle is opened and self-tested this way first: a crash, a hang, an illegal instruction or the kernel's
+out-of-memory killer then ends the child and not the caller. Standard library only, Python >= 3.8: a push sends
+this file along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+from edge_infer import errors
+from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, OutOfMemory, SelfTestFailed
+
+#: A model that has not answered its few golden questions by then never will.
+TIMEOUT_S = 120.0
+
+SIGNALS = {
+    signal.SIGKILL: "it was killed, most likely for lack of memory",
+    signal.SIGILL: "illegal instruction: this engine build does not fit the processor",
+    signal.SIGSEGV: "segmentation fault in the engine",
+    signal.SIGBUS: "bus error: a mapped file shrank or the storage failed",
+    signal.SIGABRT: "the engine aborted",
+    signal.SIGFPE: "arithmetic error in the engine",
+}
+
+
+def self_test(bundle: Path, python: str, timeout_s: float = TIMEOUT_S) -> Dict[str, Any]:
+    """Let ``python`` open the bundle with its own engine and ask the golden questions; gives its report.
+
+    Raises SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
+    """
+    return run_child(python, ["selftest", str(bundle)], timeout_s)
+
+
+def run_child(
+    python: str, arguments: List[str], timeout_s: float = TIMEOUT_S, environment: Optional[Mapping[str, str]] = None
+) -> Dict[str, Any]:
+    """``python -m edge_infer ARGUMENTS --json`` and its JSON answer. Raises as ``self_test``."""
+    command = [python, "-m", "edge_infer", *arguments, "--json"]
+    try:
+        # From the root folder: the current one is on the child's module path and may hold anything.
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            timeout=timeout_s,
+            env={**os.environ, **environment} if environment else None,
+            check=False,
+        )
+    except OSError as error:
+        raise DeviceError(f"cannot start {python}: {error.strerror}; name the device's Python with --python") from None
+    except subprocess.TimeoutExpired:
+        raise SelfTestFailed(
+            f"no answer within {timeout_s:.0f} s; the engine hangs or the device is too slow"
+        ) from None
+    words = done.stderr.decode("utf-8", "replace")
+    if done.returncode < 0:
+        raise _killed(-done.returncode, words)
+    answer = _answer(done.stdout)
+    if answer is None:
+        raise _no_answer(python, done.returncode, words)
+    if "error" in answer:
+        raise rebuild(answer["error"])
+    return answer
+
+
+def _killed(number: int, words: str) -> EdgeInferError:
+    try:
+        name = signal.Signals(number).name
+        reason = SIGNALS.get(signal.Signals(number), "it was stopped from outside")
+    except ValueError:
+        name, reason = f"signal {number}", "it was stopped from outside"
+    kind = OutOfMemory if number == signal.SIGKILL else SelfTestFailed
+    return kind(f"the process that opened the model ended with {name}: {reason}{_tail(words)}")
+
+
+def _answer(output: bytes) -> Optional[Dict[str, Any]]:
+    """The last line that is a JSON object: engines may print before it."""
+    for line in reversed(output.splitlines()):
+        if line.startswith(b"{"):
+            try:
+                value = json.loads(line)
+            except ValueError:
+                return None
+            return value if isinstance(value, dict) else None
+    return None
+
+
+def _no_answer(python: str, status: int, words: str) -> EdgeInferError:
+    if "No module named edge_infer" in words or "No module named 'edge_infer" in words:
+        return EngineMissing(
+            f"edge-infer is not installed for {python}; install it: {python} -m pip install edge-infer"
+        )
+    return SelfTestFailed(f"{python} -m edge_infer ended with status {status} and no answer{_tail(words)}")
+
+
+def _tail(words: str) -> str:
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    return f" ({lines[-1][:300]})" if lines else ""
+
+
+def describe(error: BaseException) -> Dict[str, str]:
+    """An error as JSON can carry it to another process; ``rebuild`` is the way back."""
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def rebuild(row: Mapping[str, Any]) -> EdgeInferError:
+    """The typed error behind ``describe``'s row; DeviceError for a type that this version does not know."""
+    kind = getattr(errors, str(row.get("type")), None)
+    if not (isinstance(kind, type) and issubclass(kind, EdgeInferError)):
+        return DeviceError(f"{row.get('type')}: {row.get('message')}")
+    return kind(str(row.get("message")))

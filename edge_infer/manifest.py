@@ -1,0 +1,331 @@
+"""What a bundle says about itself, and its one JSON form.
+
+Both halves use this file, and a push sends it along to devices with nothing installed: standard library only,
+Python >= 3.8. Each class is a frozen dataclass; how a field is read from JSON stands beside the field.
+Fields that this version does not know are kept in ``extra`` and written back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar, cast
+
+from edge_infer.errors import BundleError
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+#: A manifest larger than this is refused unread: it names files and tensors, it holds no data.
+MANIFEST_MAX_BYTES = 4 * 1024 * 1024
+
+FORMATS = ("tflite", "onnx", "torchscript")
+PRECISIONS = ("float32", "float16", "int8-dynamic", "int8")
+DTYPES = (
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+)
+
+#: File and model names: no separators, no leading dot or dash, nothing a shell or another system reads differently.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}\Z")
+SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+T = TypeVar("T")
+Decoder = Callable[[Any, str], T]
+
+
+def _expect(condition: bool, where: str, expected: str, value: object) -> None:
+    if not condition:
+        raise BundleError(f"the manifest's {where} is {_short(value)}, expected {expected}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def text(value: Any, where: str) -> str:
+    _expect(isinstance(value, str) and len(value) <= 4096, where, "a string of at most 4096 characters", value)
+    return cast(str, value)
+
+
+def plain_name(value: Any, where: str) -> str:
+    _expect(isinstance(value, str) and bool(PLAIN_NAME.match(value)), where, "a plain name", value)
+    return cast(str, value)
+
+
+def sha256(value: Any, where: str) -> str:
+    _expect(isinstance(value, str) and bool(SHA256.match(value)), where, "64 lowercase hexadecimal digits", value)
+    return cast(str, value)
+
+
+def boolean(value: Any, where: str) -> bool:
+    _expect(isinstance(value, bool), where, "true or false", value)
+    return cast(bool, value)
+
+
+def count(value: Any, where: str) -> int:
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    _expect(valid, where, "a whole number, zero or more", value)
+    return cast(int, value)
+
+
+def number(value: Any, where: str) -> float:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    _expect(valid, where, "a number, zero or more", value)
+    return float(value)
+
+
+def one_of(*allowed: str) -> Decoder[str]:
+    def decode(value: Any, where: str) -> str:
+        _expect(isinstance(value, str) and value in allowed, where, "one of " + ", ".join(allowed), value)
+        return cast(str, value)
+
+    return decode
+
+
+def optional(inner: Decoder[T]) -> Decoder[Optional[T]]:
+    def decode(value: Any, where: str) -> Optional[T]:
+        return None if value is None else inner(value, where)
+
+    return decode
+
+
+def tuple_of(inner: Decoder[T], most: int = 1024) -> Decoder[Tuple[T, ...]]:
+    def decode(value: Any, where: str) -> Tuple[T, ...]:
+        _expect(isinstance(value, list) and len(value) <= most, where, f"a list of at most {most}", value)
+        return tuple(inner(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+    return decode
+
+
+def mapping_of(key: Decoder[str], inner: Decoder[T], most: int = 1024) -> Decoder[Mapping[str, T]]:
+    def decode(value: Any, where: str) -> Mapping[str, T]:
+        _expect(isinstance(value, dict) and len(value) <= most, where, f"an object of at most {most}", value)
+        return {key(name, f"{where} key"): inner(item, f"{where}[{name!r}]") for name, item in value.items()}
+
+    return decode
+
+
+def anything(value: Any, where: str) -> Any:
+    return value
+
+
+def struct(cls: Type[T]) -> Decoder[T]:
+    """Reads a dataclass: known fields by their decoders, the others into ``extra``."""
+
+    def decode(value: Any, where: str) -> T:
+        _expect(isinstance(value, dict), where, "an object", value)
+        known: Dict[str, Any] = {}
+        for item in dataclasses.fields(cast(Any, cls)):
+            if item.name == "extra":
+                continue
+            if item.name in value:
+                known[item.name] = item.metadata["read"](value[item.name], f"{where}.{item.name}".lstrip("."))
+            elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+                raise BundleError(f"the manifest has no field {f'{where}.{item.name}'.lstrip('.')!r}")
+        known["extra"] = {name: item for name, item in value.items() if name not in known}
+        return cls(**known)
+
+    return decode
+
+
+def read(decoder: Decoder[Any], **options: Any) -> Any:
+    """A dataclass field that is read from JSON by ``decoder``."""
+    return field(metadata={"read": decoder}, **options)
+
+
+def extra() -> Any:
+    """Where fields of newer versions are kept."""
+    return field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output as the source model has it. ``None`` in ``shape`` is a dynamic dimension."""
+
+    name: str = read(text)
+    dtype: str = read(one_of(*DTYPES))
+    shape: Tuple[Optional[int], ...] = read(tuple_of(optional(count), most=32))
+    extra: Mapping[str, Any] = extra()
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """An engine package able to run the artifact, in the oldest ``version`` that can."""
+
+    package: str = read(plain_name)
+    version: str = read(plain_name)
+    extra: Mapping[str, Any] = extra()
+
+    def __str__(self) -> str:
+        return f"{self.package}>={self.version}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The engine's own files and how to run them.
+
+    ``requires`` are alternatives: any one of them runs the artifact. ``providers`` are tried in order
+    (``tensorrt``, ``cuda``, ``cpu``). ``prepack`` (ONNX) lets the engine repack weights into private memory.
+    """
+
+    format: str = read(one_of(*FORMATS))
+    precision: str = read(one_of(*PRECISIONS))
+    model: str = read(plain_name)
+    requires: Tuple[Requirement, ...] = read(tuple_of(struct(Requirement)))
+    operators: Tuple[str, ...] = read(tuple_of(text))
+    providers: Tuple[str, ...] = read(tuple_of(one_of("tensorrt", "cuda", "cpu")))
+    weights: Optional[str] = read(optional(plain_name), default=None)
+    signature: Optional[str] = read(optional(text), default=None)
+    prepack: bool = read(boolean, default=False)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Length in bytes and SHA-256 of one file of the bundle."""
+
+    size: int = read(count)
+    sha256: str = read(sha256)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a device must have to take this bundle; a push compares it with the device's own facts."""
+
+    name: str = read(plain_name)
+    architecture: str = read(text)
+    cpu_features: Tuple[str, ...] = read(tuple_of(text))
+    ram_bytes: int = read(count)
+    page_size_bytes: int = read(count)
+    python: str = read(text)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The self-test: ``file`` is an npz with arrays ``in.INDEX.CASE`` and ``out.INDEX.CASE`` for ``cases`` cases.
+
+    ``tolerance`` gives for each output the largest absolute difference that still passes. ``blind`` names the
+    outputs that do not tell golden inputs apart, so that they prove little.
+    """
+
+    file: str = read(plain_name)
+    cases: int = read(count)
+    tolerance: Mapping[str, float] = read(mapping_of(text, number))
+    blind: Tuple[str, ...] = read(tuple_of(text), default=())
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison made while packaging: ``observed`` against ``allowed`` in ``unit``, at the worst output."""
+
+    what: str = read(text)
+    output: str = read(text)
+    observed: float = read(number)
+    allowed: float = read(number)
+    unit: str = read(text)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of ``manifest.json``. ``provenance`` says where the artifact comes from and is for people to read."""
+
+    schema: int = read(count)
+    name: str = read(plain_name)
+    version: str = read(plain_name)
+    target: TargetFacts = read(struct(TargetFacts))
+    artifact: Artifact = read(struct(Artifact))
+    inputs: Tuple[TensorSpec, ...] = read(tuple_of(struct(TensorSpec)))
+    outputs: Tuple[TensorSpec, ...] = read(tuple_of(struct(TensorSpec)))
+    golden: Golden = read(struct(Golden))
+    checks: Tuple[Check, ...] = read(tuple_of(struct(Check)))
+    files: Mapping[str, FileEntry] = read(mapping_of(plain_name, struct(FileEntry)))
+    provenance: Mapping[str, Any] = read(mapping_of(text, anything), default_factory=dict)
+    extra: Mapping[str, Any] = extra()
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON: sorted keys, UTF-8, one space of indent, a newline at the end."""
+        return canonical_json(_plain(self))
+
+    @property
+    def digest(self) -> str:
+        """The bundle's identity: SHA-256 of the canonical manifest, which holds the hash of every other file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, the manifest not counted."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def canonical_json(value: object) -> bytes:
+    return (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {**fields.pop("extra"), **fields}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def parse(data: bytes) -> Manifest:
+    """Read ``manifest.json``.
+
+    Raises BundleError when it is too large, not canonical JSON, of a newer schema, or when a field is missing,
+    of the wrong type, or names what the bundle does not hold.
+    """
+    if len(data) > MANIFEST_MAX_BYTES:
+        raise BundleError(f"the manifest has {len(data)} bytes, expected at most {MANIFEST_MAX_BYTES}")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"the manifest is not JSON ({error}); package or push the model again") from None
+    _expect(isinstance(value, dict), "content", "an object", value)
+    schema = count(value.get("schema"), "schema")
+    if schema > SCHEMA:
+        raise BundleError(
+            f"the manifest has schema {schema}, this edge_infer reads up to {SCHEMA}; upgrade edge-infer here"
+        )
+    manifest = struct(Manifest)(value, "")
+    _check_references(manifest)
+    if manifest.to_bytes() != data:
+        raise BundleError("the manifest is not in its canonical form, so its digest means nothing; package again")
+    return manifest
+
+
+def _check_references(manifest: Manifest) -> None:
+    named = [manifest.artifact.model, manifest.artifact.weights, manifest.golden.file]
+    for name in named:
+        if name is not None and name not in manifest.files:
+            raise BundleError(f"the manifest names the file {name!r} but lists no length and hash for it")
+    if MANIFEST_NAME in manifest.files:
+        raise BundleError("the manifest lists itself, which no manifest can")
+    for kind, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        names = [spec.name for spec in specs]
+        _expect(len(set(names)) == len(names) and bool(names), kind, "at least one, each name once", names)
+    _expect(bool(manifest.artifact.requires), "artifact.requires", "at least one engine", [])
