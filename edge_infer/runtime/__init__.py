@@ -1,0 +1,1 @@
+"""The device half that runs models: sessions, engines, the self-test, the device command line."""

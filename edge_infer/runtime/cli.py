@@ -1,0 +1,98 @@
+"""The device's command line: parse, call one function, print. The host's command line offers the same verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edge_infer import __version__
+from edge_infer.admission import describe
+from edge_infer.errors import EXIT_DONE, EXIT_UNEXPECTED, EdgeInferError
+
+Printer = Callable[[dict[str, Any]], None]
+
+
+def add_commands(commands: Any, info_name: str = "info") -> None:
+    """Add the verbs on one bundle to an argument parser's subcommands."""
+    info = commands.add_parser(info_name, help="what a bundle is: inputs, outputs, engine, files")
+    info.set_defaults(call=lambda args: _commands().info(args.bundle))
+    verify = commands.add_parser("verify", help="hash every file, then ask the golden questions")
+    verify.set_defaults(call=lambda args: _commands().verify(args.bundle))
+    run = commands.add_parser("run", help="run once")
+    run.add_argument("--input", type=Path, metavar="FILE.npz", help="arrays by input name (default: a golden case)")
+    run.add_argument("--output", type=Path, metavar="FILE.npz", help="where to store the answers")
+    run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output))
+    bench = commands.add_parser("bench", help="load time, latency and memory on this machine")
+    bench.add_argument("--threads", type=positive, help="threads of the engine (default: the usable cores)")
+    bench.add_argument("--runs", type=positive, default=200, help="runs at most; it also ends after 2 s")
+    bench.set_defaults(call=lambda args: _commands().bench(args.bundle, args.threads, args.runs))
+    for parser in (info, verify, run, bench):
+        parser.add_argument("bundle", help="a bundle's path, or the name of a model in this device's store")
+        parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
+        parser.set_defaults(show=print_plain)
+
+
+def _commands() -> Any:
+    from edge_infer.runtime import commands  # numpy comes with it, so not before a command needs it
+
+    return commands
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+    return value
+
+
+def print_plain(answer: dict[str, Any], indent: str = "") -> None:
+    """One line a fact; nested facts indented."""
+    width = max((len(key) for key in answer), default=0)
+    for key, value in answer.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            print_plain(value, indent + "  ")
+        elif isinstance(value, (list, tuple)):
+            print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
+        else:
+            print(f"{indent}{key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def report(args: argparse.Namespace) -> int:
+    """Call the parsed command and print its answer or its error; gives the exit status."""
+    try:
+        answer = args.call(args)
+        if args.json:
+            print(json.dumps(answer))
+        else:
+            args.show(answer)
+        return int(answer.get("exit_status", EXIT_DONE)) if isinstance(answer, dict) else EXIT_DONE
+    except EdgeInferError as error:
+        return _fail(args, error, error.exit_status)
+    except (MemoryError, OSError) as error:
+        return _fail(args, error, EXIT_UNEXPECTED)
+
+
+def _fail(args: argparse.Namespace, error: BaseException, status: int) -> int:
+    if args.json:
+        print(json.dumps({"error": {**describe(error), "exit_status": status}}))
+    print(f"{args.program}: {error or type(error).__name__}", file=sys.stderr)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    program = "python -m edge_infer"
+    parser = argparse.ArgumentParser(prog=program, description="Look at, verify, run and time model bundles.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.set_defaults(program=program)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_commands(commands)
+    selftest = commands.add_parser("selftest", help="open with this device's engine and ask the golden questions")
+    selftest.add_argument("bundle", type=Path)
+    selftest.add_argument("--json", action="store_true")
+    selftest.set_defaults(call=lambda args: _commands().selftest(args.bundle), show=print_plain)
+    return report(parser.parse_args(argv))

@@ -1,0 +1,139 @@
+"""What the command lines do with one bundle. Each function gives plain data; printing is the caller's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_infer import bundle as bundles
+from edge_infer.errors import InputError, UsageError
+from edge_infer.runtime import memory
+from edge_infer.runtime.arrays import write_npz
+from edge_infer.runtime.engines import check_model, engine_module
+from edge_infer.runtime.golden import read_golden, self_test
+from edge_infer.runtime.session import Session, find_bundle, load
+
+Source = str | os.PathLike[str]
+
+#: A benchmark ends after so many runs or so much time, whichever comes first.
+BENCH_RUNS = 200
+BENCH_SECONDS = 2.0
+
+
+def info(source: Source) -> dict[str, Any]:
+    """The manifest in short: contract, artifact, checks, files."""
+    bundle = find_bundle(source)
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": bundle.digest,
+        "path": str(bundle.path),
+        "target": manifest.target.name,
+        "format": manifest.artifact.format,
+        "precision": manifest.artifact.precision,
+        "needs": " or ".join(str(item) for item in manifest.artifact.requires),
+        "providers": list(manifest.artifact.providers),
+        "inputs": [str(spec) for spec in manifest.inputs],
+        "outputs": [str(spec) for spec in manifest.outputs],
+        "operators": list(manifest.artifact.operators),
+        "blind outputs": list(manifest.golden.blind),
+        "checks": [
+            f"{check.what}: {check.observed:.3g} {check.unit} at {check.output}, allowed {check.allowed:.3g}"
+            for check in manifest.checks
+        ],
+        "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def verify(source: Source) -> dict[str, Any]:
+    """Hash every file and ask the golden questions in this process."""
+    bundle = find_bundle(source)
+    bundles.verify(bundle, mode="full", inspect=check_model)
+    return {"name": bundle.manifest.name, "digest": bundle.digest, "files": len(bundle.manifest.files)} | selftest(
+        source
+    )
+
+
+def selftest(source: Source) -> dict[str, Any]:
+    """Open the bundle with this device's engine and ask the golden questions."""
+    with load(source) as session:
+        worst = self_test(session)
+        return {"engine": dataclasses.asdict(session.info), "largest_difference": worst}
+
+
+def run(source: Source, inputs: Path | None, output: Path | None) -> dict[str, Any]:
+    """Run once on the arrays of an npz file (default: the first golden case); store or summarize the answers."""
+    with load(source) as session:
+        arrays = read_arrays(inputs, session) if inputs else read_golden(session.bundle)[0][0]
+        answers = session.run(arrays)
+    if output:
+        write_npz(output, answers)
+    return {
+        name: {"dtype": str(array.dtype), "shape": list(array.shape), "first": array.ravel()[:8].tolist()}
+        for name, array in answers.items()
+    }
+
+
+def read_arrays(path: Path, session: Session) -> Mapping[str, np.ndarray[Any, Any]]:
+    """The session's inputs from an npz file that may hold more. Raises UsageError, InputError."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            absent = [spec.name for spec in session.inputs if spec.name not in arrays]
+            if absent:
+                raise InputError(f"{path} holds {sorted(arrays)}, expected an array {absent[0]!r}")
+            return {spec.name: arrays[spec.name] for spec in session.inputs}
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} is not an npz file of plain arrays ({error})") from None
+
+
+def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) -> dict[str, Any]:
+    """Time opening and running the bundle's first golden case in this process.
+
+    ``load_ms``: open with the files' hashes already known. ``private_bytes``: anonymous memory added over the
+    imported engine, after the runs. ``peak_bytes``: the largest resident size of the whole process.
+    """
+    bundle = find_bundle(source)
+    engine_module(bundle).import_engine(bundle)
+    load(source, threads=threads).close()  # hashes the files and leaves the stamp
+    asked = read_golden(bundle)[0][0]
+    baseline = memory.private_bytes()
+    started = time.perf_counter()
+    with load(source, threads=threads) as session:
+        loaded = time.perf_counter()
+        session.run(asked)
+        answered = time.perf_counter()
+        latencies = _latencies(session, asked, runs)
+        return {
+            "engine": dataclasses.asdict(session.info),
+            "load_ms": (loaded - started) * 1e3,
+            "first_ms": (answered - loaded) * 1e3,
+            "p50_ms": statistics.median(latencies) * 1e3,
+            "p95_ms": sorted(latencies)[int(len(latencies) * 0.95)] * 1e3,
+            "runs": len(latencies),
+            "private_bytes": max(0, memory.private_bytes() - baseline),
+            "peak_bytes": memory.peak_bytes(),
+        }
+
+
+def _latencies(session: Session, asked: Mapping[str, np.ndarray[Any, Any]], runs: int) -> list[float]:
+    latencies: list[float] = []
+    end = time.perf_counter() + BENCH_SECONDS
+    while not latencies or (len(latencies) < runs and time.perf_counter() < end):
+        started = time.perf_counter()
+        session.run(asked)
+        latencies.append(time.perf_counter() - started)
+    return latencies

@@ -1,0 +1,135 @@
+"""The engines: one file each, imported only when a bundle needs it.
+
+Every engine offers the same two verbs on a model that is already open; ``open_engine`` picks the file by the
+bundle's format. A new engine is one file and one row in ``ENGINES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edge_infer.errors import EngineError, EngineMissing, OutOfMemory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_infer.bundle import Bundle
+
+ENGINES = {
+    "tflite": "edge_infer.runtime.engines.tflite",
+    "onnx": "edge_infer.runtime.engines.onnx",
+    "torchscript": "edge_infer.runtime.engines.torchscript",
+}
+
+#: The extra of edge-infer that brings an engine's package.
+EXTRAS = {
+    "ai-edge-litert": "tflite",
+    "tflite-runtime": "tflite-runtime",
+    "onnxruntime": "onnx",
+    "torch": "torch",
+}
+
+OUT_OF_MEMORY_WORDS = ("bad_alloc", "out of memory", "Failed to allocate", "can't allocate memory", "Cannot allocate")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a model. ``providers=None`` takes the bundle's own order."""
+
+    threads: int
+    providers: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What really runs the model; ``notes`` says where that differs from what was asked."""
+
+    package: str
+    version: str
+    provider: str
+    threads: int
+    notes: tuple[str, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """An open model. Arrays go in the order of the manifest's inputs and come in the order of its outputs."""
+
+    info: EngineInfo
+
+    def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Run once. The arrays returned belong to the caller. May be called from several threads."""
+
+    def close(self) -> None:
+        """Let go of the model and its memory."""
+
+
+def engine_module(bundle: Bundle) -> Any:
+    """The file of this package that runs bundles of this format; its ``import_engine`` imports the engine."""
+    return importlib.import_module(ENGINES[bundle.manifest.artifact.format])
+
+
+def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
+    """Open ``bundle`` with its engine. Raises EngineMissing, EngineError, OutOfMemory."""
+    module = engine_module(bundle)
+    try:
+        engine: Engine = module.open_model(bundle, options)
+    except (EngineError, EngineMissing):
+        raise
+    except Exception as error:  # engines raise whatever they like
+        raise engine_error(error, f"cannot open {bundle.path}") from error
+    return engine
+
+
+def check_model(bundle: Bundle) -> None:
+    """What an engine wants to know of a model's files before it opens them; raises BundleError."""
+    module = engine_module(bundle)
+    check = getattr(module, "check_model", None)
+    if check is not None:
+        check(bundle)
+
+
+def engine_error(error: Exception, what: str) -> EngineError:
+    """An engine's own exception in our words, one line of it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if isinstance(error, MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY_WORDS):
+        return OutOfMemory(f"{what}: not enough memory ({line}); close other programs or package a smaller precision")
+    return EngineError(f"{what}: {line}")
+
+
+def missing(bundle: Bundle, error: ImportError) -> EngineMissing:
+    """The error for a bundle none of whose engines is installed; its sentence holds the pip command."""
+    wanted = bundle.manifest.artifact.requires
+    extra = EXTRAS.get(wanted[0].package, bundle.manifest.artifact.format)
+    return EngineMissing(
+        f"{bundle.manifest.name} needs {' or '.join(map(str, wanted))}, and {sys.executable} "
+        f"has none ({error}); install it: {sys.executable} -m pip install 'edge-infer[{extra}]'"
+    )
+
+
+def require_version(bundle: Bundle, package: str, version: str) -> None:
+    """Raise EngineError when the installed engine is older than the oldest that can run the bundle."""
+    for requirement in bundle.manifest.artifact.requires:
+        if requirement.package == package and not at_least(version, requirement.version):
+            raise EngineError(
+                f"{bundle.manifest.name} needs {requirement}, installed is {version}; "
+                f"upgrade it, or package the model for a target with {package} {version}"
+            )
+
+
+def at_least(version: str, oldest: str) -> bool:
+    """Compare dotted release numbers; what follows a ``+`` and letters at the end do not count."""
+    return release_numbers(version) >= release_numbers(oldest)
+
+
+def release_numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split("+", maxsplit=1)[0].split("."):
+        digits = "".join(char for char in part if char.isdigit())
+        if not digits or not part[0].isdigit():
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,113 @@
+"""ONNX models through ONNX Runtime, with weights in a file of their own that is mapped, not read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_infer.errors import BundleError, EngineError
+from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+from edge_infer.runtime.onnx_files import external_locations
+
+if TYPE_CHECKING:
+    from edge_infer.bundle import Bundle
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+
+
+def check_model(bundle: Bundle) -> None:
+    """Refuse a model that points at files outside its bundle: ONNX stores such paths as free text."""
+    model = bundle.file(bundle.manifest.artifact.model)
+    for location in sorted(external_locations(model.read_bytes())):
+        if location not in bundle.manifest.files:
+            raise BundleError(f"{model} refers to the file {location!r}, which is not part of the bundle; refused")
+
+
+def import_engine(bundle: Bundle) -> Any:
+    """The onnxruntime module. Raises EngineMissing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing(bundle, error) from None
+    return onnxruntime
+
+
+def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
+    onnxruntime = import_engine(bundle)
+    package, version = _installed(onnxruntime.__version__)
+    require_version(bundle, package, version)
+    providers, notes = _providers(bundle, options, onnxruntime.get_available_providers())
+    session = onnxruntime.InferenceSession(
+        str(bundle.file(bundle.manifest.artifact.model)), session_options(bundle, options.threads), providers=providers
+    )
+    used = {value: name for name, value in PROVIDERS.items()}[session.get_providers()[0]]
+    return OnnxEngine(bundle, session, EngineInfo(package, version, used, options.threads, notes))
+
+
+def session_options(bundle: Bundle, threads: int) -> Any:
+    """The options a bundle is opened with; public so that anyone can compare with the plain engine."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle worker threads that spin starve the application on a small board.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not bundle.manifest.artifact.prepack:
+        # Repacked weights would live on the heap, a private copy in every process.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _installed(version: str) -> tuple[str, str]:
+    for package in PACKAGES:
+        try:
+            return package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return PACKAGES[0], version  # built from source, as on some boards
+
+
+def _providers(bundle: Bundle, options: EngineOptions, available: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    wanted = options.providers or bundle.manifest.artifact.providers
+    if options.providers:
+        absent = [name for name in wanted if PROVIDERS[name] not in available]
+        if absent:
+            raise EngineError(
+                f"this onnxruntime has no provider {absent[0]!r}, it has: {', '.join(available)}; "
+                "install a build that has it or leave the choice to the bundle"
+            )
+    usable = [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]
+    notes = tuple(f"no {name} here" for name in wanted if PROVIDERS[name] not in available)
+    if PROVIDERS["cpu"] not in usable:
+        usable.append(PROVIDERS["cpu"])
+    return usable, notes
+
+
+class OnnxEngine:
+    """An inference session, which is made for several threads at once."""
+
+    def __init__(self, bundle: Bundle, session: Any, info: EngineInfo) -> None:
+        self.info = info
+        self._session = session
+        self._inputs = [spec.name for spec in bundle.manifest.inputs]
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+
+    def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        try:
+            results: list[np.ndarray[Any, Any]] = self._session.run(self._outputs, dict(zip(self._inputs, arrays)))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise engine_error(error, "ONNX Runtime failed while running the model") from error
+        return results
+
+    def close(self) -> None:
+        self._session = None

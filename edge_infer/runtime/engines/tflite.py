@@ -1,0 +1,87 @@
+"""TFLite models through ai-edge-litert, or through the classic tflite-runtime where only that is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_infer.errors import EngineError
+from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+
+if TYPE_CHECKING:
+    from edge_infer.bundle import Bundle
+
+#: Package on PyPI and the module of its interpreter; the better-kept one first.
+PACKAGES = (("ai-edge-litert", "ai_edge_litert.interpreter"), ("tflite-runtime", "tflite_runtime.interpreter"))
+
+
+def open_model(bundle: Bundle, options: EngineOptions) -> TFLiteEngine:
+    package, module = import_engine(bundle)
+    version = importlib.metadata.version(package)
+    require_version(bundle, package, version)
+    # The file is mapped by its path, and unlike CompiledModel.from_file the interpreter verifies the flatbuffer.
+    interpreter = module.Interpreter(
+        model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
+    )
+    return TFLiteEngine(bundle, interpreter, EngineInfo(package, version, "cpu", options.threads))
+
+
+def import_engine(bundle: Bundle) -> tuple[str, Any]:
+    """The package at hand and its interpreter module. Raises EngineMissing."""
+    reasons = []
+    for package, module in PACKAGES:
+        try:
+            return package, importlib.import_module(module)
+        except ImportError as error:
+            reasons.append(str(error))
+    raise missing(bundle, ImportError("; ".join(reasons)))
+
+
+class TFLiteEngine:
+    """One interpreter behind a lock: it is not made for several threads at once."""
+
+    def __init__(self, bundle: Bundle, interpreter: Any, info: EngineInfo) -> None:
+        self.info = info
+        self._interpreter = interpreter
+        self._lock = threading.Lock()
+        runner = interpreter.get_signature_runner(bundle.manifest.artifact.signature)
+        inputs, outputs = runner.get_input_details(), runner.get_output_details()
+        self._inputs = [_index(inputs, spec.name, "input") for spec in bundle.manifest.inputs]
+        self._outputs = [_index(outputs, spec.name, "output") for spec in bundle.manifest.outputs]
+        self._shapes: list[tuple[int, ...]] | None = None
+
+    def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        with self._lock:
+            try:
+                self._resize([array.shape for array in arrays])
+                for index, array in zip(self._inputs, arrays):
+                    self._interpreter.set_tensor(index, array)
+                self._interpreter.invoke()
+                return [self._interpreter.get_tensor(index) for index in self._outputs]
+            except (RuntimeError, ValueError, MemoryError) as error:
+                self._shapes = None
+                raise engine_error(error, "TFLite failed while running the model") from error
+
+    def _resize(self, shapes: list[tuple[int, ...]]) -> None:
+        if shapes == self._shapes:
+            return
+        for index, shape in zip(self._inputs, shapes):
+            self._interpreter.resize_tensor_input(index, shape)
+        self._interpreter.allocate_tensors()
+        self._shapes = shapes
+
+    def close(self) -> None:
+        with self._lock:
+            self._interpreter = None
+
+
+def _index(details: dict[str, dict[str, Any]], name: str, kind: str) -> int:
+    """The tensor behind a name of the signature; the packager writes models with that one signature only."""
+    if name not in details:
+        raise EngineError(f"the TFLite model has no {kind} {name!r}, it has: {', '.join(sorted(details))}")
+    return int(details[name]["index"])

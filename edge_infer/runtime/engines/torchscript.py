@@ -1,0 +1,123 @@
+"""TorchScript models: a skeleton without weights, loaded as usual, over weights that are mapped from a flat file.
+
+``torch.jit.load`` copies every weight into private memory. The packager therefore takes the tensors out of the
+archive and notes in it (extra file ``tensors.json``) where each lies in the weights file; here each parameter and
+buffer becomes a view into one mapping. Tensors that shared a storage share it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_infer.errors import BundleError, EngineError
+from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+
+if TYPE_CHECKING:
+    from edge_infer.bundle import Bundle
+
+#: Name of the extra file in the skeleton that says where each tensor lies.
+TENSOR_TABLE = "tensors.json"
+
+
+def import_engine(bundle: Bundle) -> Any:
+    """The torch module. Raises EngineMissing."""
+    try:
+        import torch
+    except ImportError as error:
+        raise missing(bundle, error) from None
+    return torch
+
+
+def open_model(bundle: Bundle, options: EngineOptions) -> TorchScriptEngine:
+    torch = import_engine(bundle)
+    require_version(bundle, "torch", torch.__version__)
+    device, notes = _device(bundle, options)
+    torch.set_num_threads(options.threads)
+    module = load_mapped(bundle)
+    if device != "cpu":
+        module = module.to(device)
+    info = EngineInfo("torch", torch.__version__, device, options.threads, notes)
+    return TorchScriptEngine(bundle, module, info)
+
+
+def _device(bundle: Bundle, options: EngineOptions) -> tuple[str, tuple[str, ...]]:
+    import torch
+
+    wanted = options.providers or bundle.manifest.artifact.providers
+    if "cuda" not in wanted:
+        return "cpu", ()
+    if torch.cuda.is_available():
+        return "cuda", ()
+    if options.providers and "cpu" not in options.providers:
+        raise EngineError("this torch sees no CUDA device; leave the choice to the bundle or allow 'cpu' as well")
+    return "cpu", ("no cuda here",)
+
+
+def load_mapped(bundle: Bundle) -> Any:
+    """The bundle's module in evaluation mode, its tensors views into the mapped weights file."""
+    import torch
+
+    artifact = bundle.manifest.artifact
+    _select_quantized_engine(artifact.precision)
+    extra = {TENSOR_TABLE: ""}
+    module = torch.jit.load(str(bundle.file(artifact.model)), map_location="cpu", _extra_files=extra)
+    module.eval()
+    if artifact.weights is not None:
+        size = bundle.manifest.files[artifact.weights].size
+        storage = torch.UntypedStorage.from_file(str(bundle.file(artifact.weights)), False, size)
+        _attach(module, json.loads(extra[TENSOR_TABLE]), storage)
+    return module
+
+
+def _select_quantized_engine(precision: str) -> None:
+    """Quantized kernels are chosen for the whole process; the packager calibrates for qnnpack, as ARM has it."""
+    import torch
+
+    if precision.startswith("int8"):
+        if "qnnpack" not in torch.backends.quantized.supported_engines:
+            raise EngineError("this torch has no qnnpack kernels, which int8 TorchScript needs; package it as ONNX")
+        torch.backends.quantized.engine = "qnnpack"
+
+
+def _attach(module: Any, table: dict[str, dict[str, Any]], storage: Any) -> None:
+    import torch
+
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    tensors.update(module.named_buffers(remove_duplicate=False))
+    for name, row in table.items():
+        if name not in tensors:
+            raise BundleError(f"the TorchScript skeleton has no tensor {name!r}, which its table lists; package again")
+        dtype = getattr(torch, row["dtype"])
+        base = torch.tensor([], dtype=dtype).set_(
+            storage, row["offset"] // dtype.itemsize, row["shape"], row["strides"]
+        )
+        tensors[name].data = base
+        tensors[name].requires_grad_(False)
+
+
+class TorchScriptEngine:
+    """A module called in inference mode; it may be called from several threads."""
+
+    def __init__(self, bundle: Bundle, module: Any, info: EngineInfo) -> None:
+        self.info = info
+        self._module = module
+        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+
+    def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                tensors = [torch.from_numpy(array).to(self.info.provider) for array in arrays]
+                results = self._module(*tensors)
+                # An output may be a view of an input or of a weight: what is returned belongs to the caller.
+                return [result.detach().cpu().clone().numpy() for result in results]
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise engine_error(error, "TorchScript failed while running the model") from error
+
+    def close(self) -> None:
+        self._module = None

@@ -1,0 +1,136 @@
+"""Open a bundle and run it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_infer import bundle as bundles
+from edge_infer.bundle import Bundle
+from edge_infer.errors import InputError, SessionClosed, UsageError
+from edge_infer.manifest import TensorSpec
+from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
+from edge_infer.runtime.threads import default_threads
+from edge_infer.store import Store, default_root, is_model_name, store_of
+
+Array = np.ndarray[Any, Any]
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    verify: str = "auto",
+    cache_dir: str | os.PathLike[str] | None = None,
+    providers: tuple[str, ...] | None = None,
+) -> Session:
+    """Open a bundle.
+
+    ``source`` is the name of a model in this device's store, or the path of a bundle; a plain word such as
+    ``"digits"`` is a name, anything with a separator or ending in ``.edge`` and any ``Path`` is a path.
+    ``threads`` defaults to the cores this process may use. ``verify="auto"`` hashes the files once and then
+    trusts them until device, inode, length or times change; ``"full"`` always hashes. ``cache_dir`` is where that
+    is remembered (default: the store's ``cache``). ``providers`` overrides the bundle's order of accelerators.
+
+    Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
+    OutOfMemory.
+    """
+    bundle = find_bundle(source)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads={threads!r}, expected a whole number of at least 1 or None")
+    cache = Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
+    bundles.verify(bundle, verify, cache, check_model)
+    return Session(bundle, open_engine(bundle, EngineOptions(threads or default_threads(), providers)))
+
+
+def find_bundle(source: str | os.PathLike[str]) -> Bundle:
+    """The bundle that ``load`` would open."""
+    if isinstance(source, str) and is_model_name(source):
+        return Store(default_root()).open_current(source)
+    return bundles.open_bundle(Path(source))
+
+
+class Session:
+    """An open model. May be used from several threads; use it as a context manager or call ``close()``."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
+        self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
+        self._engine: Engine | None = engine
+        self._dtypes = [np.dtype(spec.dtype) for spec in self.inputs]
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine package, its version, the provider really in use and the threads."""
+        return self._open_engine().info
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once on arrays of exactly the names, dtypes and shapes of ``inputs``; gives arrays by output name.
+
+        Raises InputError (before the engine sees anything), SessionClosed, EngineError, OutOfMemory.
+        """
+        engine = self._open_engine()
+        results = engine.run(self._checked(inputs))
+        return {spec.name: result for spec, result in zip(self.outputs, results)}
+
+    def __call__(self, array: Array) -> Array:
+        """``run`` for a model with one input and one output."""
+        if len(self.inputs) != 1 or len(self.outputs) != 1:
+            raise InputError(
+                f"this model has {len(self.inputs)} inputs and {len(self.outputs)} outputs; "
+                "call run() with names, the short form takes one of each"
+            )
+        return self.run({self.inputs[0].name: array})[self.outputs[0].name]
+
+    def close(self) -> None:
+        """Release the engine, its memory and its mappings. May be called twice."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise SessionClosed(f"the session of {self.bundle.manifest.name} is closed; load it again")
+        return self._engine
+
+    def _checked(self, inputs: Mapping[str, Array]) -> list[Array]:
+        """The arrays in the model's order, each checked and made contiguous."""
+        if inputs.keys() != self._names:
+            raise InputError(f"inputs named {sorted(inputs)}, expected {sorted(self._names)}")
+        arrays = []
+        for spec, dtype in zip(self.inputs, self._dtypes):
+            array = inputs[spec.name]
+            check_array(spec, dtype, array)
+            arrays.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+        return arrays
+
+    @property
+    def _names(self) -> set[str]:
+        return {spec.name for spec in self.inputs}
+
+
+def check_array(spec: TensorSpec, dtype: np.dtype[Any], array: object) -> None:
+    """Raise InputError unless ``array`` is a numpy array of the dtype and shape of ``spec``."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"input {spec.name!r} is a {type(array).__name__}, expected a numpy array of {spec.dtype}")
+    if array.dtype != dtype:
+        raise InputError(f"input {spec.name!r} has dtype {array.dtype}, expected {spec.dtype}; convert it with astype")
+    fits = len(array.shape) == len(spec.shape) and all(
+        expected is None or expected == observed for expected, observed in zip(spec.shape, array.shape)
+    )
+    if not fits:
+        raise InputError(f"input {spec.name!r} has shape {list(array.shape)}, expected {spec}")
