@@ -1,0 +1,130 @@
+"""ONNX to ONNX: checked, weights gathered, slimmed; the source's answers come from ONNX Runtime without optimizing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxslim
+
+from edge_infer.convert import ask_source, override, spec_from_json
+from edge_infer.errors import BundleError, ConversionError, UsageError
+from edge_infer.manifest import DTYPES, TensorSpec
+from edge_infer.runtime.onnx_files import external_locations
+
+
+def convert(request: dict[str, Any]) -> dict[str, Any]:
+    path = Path(request["source"])
+    if request["signature"] is not None:
+        raise UsageError(f"--signature {request['signature']} was given, but ONNX models have no signatures")
+    model = load(path)
+    inputs = override(_inputs(path, model), [spec_from_json(row) for row in request["inputs"]])
+    _fix_shapes(model, inputs)
+    names = [output.name for output in model.graph.output]
+    folder = Path(request["work"])
+    source = folder / "source.onnx"
+    save(model, source)
+    session = _open(path, source)
+
+    def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        return dict(zip(names, session.run(names, feed), strict=True))
+
+    _, answer = ask_source(request, inputs, names, run)
+    save(slim(model), folder / "model.onnx")
+    tools = {"onnx": onnx.__version__, "onnxslim": onnxslim.__version__, "onnxruntime": onnxruntime.__version__}
+    return {**answer, "details": {"model": str(folder / "model.onnx"), "tools": tools}}
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Read a model and the weights beside it. Raises ConversionError for what is damaged or points elsewhere."""
+    try:
+        locations = external_locations(path.read_bytes())
+        _check_locations(path, locations)
+        model = onnx.load(path)
+        onnx.checker.check_model(model if locations else str(path))
+    except BundleError as error:
+        raise ConversionError(f"{path}: {error}") from None
+    except (ConversionError, UsageError):
+        raise
+    except Exception as error:  # protobuf's and the checker's own kinds
+        raise ConversionError(
+            f"{path} is not a sound ONNX model: {str(error).strip().splitlines()[0][:300]}"
+        ) from error
+    if not model.graph.output:
+        raise ConversionError(f"{path} is not a sound ONNX model: it has no outputs")
+    return model
+
+
+def _check_locations(path: Path, locations: set[str]) -> None:
+    """External data must lie beside the model: the path is free text, and may point anywhere on this machine."""
+    for location in sorted(locations):
+        beside = path.parent / location
+        if Path(location).is_absolute() or ".." in Path(location).parts or beside.is_symlink():
+            raise ConversionError(f"{path} refers to {location!r} outside its own folder; refused")
+        if not beside.is_file():
+            raise UsageError(f"{path} keeps weights in {location!r}, which is not beside it; copy that file too")
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write with all weights in one file beside it: one protobuf message holds at most 2 GiB."""
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=f"{path.name}.data",
+        size_threshold=1024,
+        convert_attribute=False,
+    )
+    onnx.load_external_data_for_model(model, str(path.parent))  # saving empties the tensors in memory
+
+
+def slim(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants folded, dead and doubled nodes gone. Parity with the source is checked on the result."""
+    try:
+        slimmed: onnx.ModelProto = onnxslim.slim(model)
+    except Exception as error:
+        raise ConversionError(
+            f"onnxslim cannot simplify the model: {str(error).strip().splitlines()[0][:300]}"
+        ) from error
+    return slimmed
+
+
+def _open(path: Path, model: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ConversionError(f"ONNX Runtime cannot open {path}: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def _inputs(path: Path, model: onnx.ModelProto) -> list[TensorSpec]:
+    """Inputs that are no initializers; older models list both."""
+    weights = {item.name for item in model.graph.initializer}
+    return [_spec(path, item) for item in model.graph.input if item.name not in weights]
+
+
+def _spec(path: Path, item: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = item.type.tensor_type
+    if not item.type.HasField("tensor_type") or not tensor.HasField("shape"):
+        raise UsageError(f"{path}: input {item.name!r} is no tensor of known rank, which this packager does not take")
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    if dtype not in DTYPES:
+        raise UsageError(f"{path}: input {item.name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
+    return TensorSpec(item.name, dtype, shape)
+
+
+def _fix_shapes(model: onnx.ModelProto, inputs: list[TensorSpec]) -> None:
+    """Write the user's fixed sizes over dynamic ones; what was inferred from the old ones goes."""
+    by_name = {spec.name: spec for spec in inputs}
+    for item in model.graph.input:
+        for dim, size in zip(item.type.tensor_type.shape.dim, by_name[item.name].shape if item.name in by_name else ()):
+            if size is not None and not dim.HasField("dim_value"):
+                dim.dim_value = size
+                del model.graph.value_info[:]

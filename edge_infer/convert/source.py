@@ -1,0 +1,106 @@
+"""What kind of model a path holds, told by its content and not by its name. Imports no framework."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_infer.errors import ConversionError, UsageError
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+TFLITE_MAGIC = b"TFL3"
+#: Legacy torch.save files begin with a pickle protocol marker.
+PICKLE_MAGIC = b"\x80"
+
+FAMILIES = {
+    "saved-model": "tensorflow",
+    "keras": "tensorflow",
+    "torch-pickle": "torch",
+    "torchscript": "torch",
+    "torch-export": "torch",
+    "onnx": "onnx",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user has it. ``kind`` is a key of FAMILIES, ``sha256`` covers all of its files."""
+
+    path: Path
+    kind: str
+    sha256: str
+
+    @property
+    def family(self) -> str:
+        """The framework that reads it: tensorflow, torch or onnx."""
+        return FAMILIES[self.kind]
+
+
+def read_source(path: Path) -> Source:
+    """Find out what ``path`` holds. Raises UsageError when nothing is there, ConversionError when it is no model."""
+    if not path.exists():
+        raise UsageError(f"there is no model at {path}")
+    return Source(path.resolve(), _kind(path), _hash(path))
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        if (path / "saved_model.pb").is_file():
+            return "saved-model"
+        raise ConversionError(f"{path} is a directory without saved_model.pb, expected a SavedModel or a model file")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(HDF5_MAGIC):
+        return "keras"
+    if head[4:8] == TFLITE_MAGIC:
+        raise ConversionError(f"{path} is a TFLite model; package the model it was made from")
+    if zipfile.is_zipfile(path):
+        return _zip_kind(path)
+    if head.startswith(b"PK"):
+        raise ConversionError(f"{path} is an archive that is cut off; copy or save the model again")
+    if head.startswith(PICKLE_MAGIC):
+        return "torch-pickle"
+    if path.suffix == ".onnx" or _looks_like_onnx(head):
+        return "onnx"
+    raise ConversionError(
+        f"{path} begins with {head[:8]!r}, which is no model this packager reads; expected a SavedModel directory, "
+        ".keras, .h5, PyTorch .pth, TorchScript .pt, torch.export .pt2 or .onnx"
+    )
+
+
+def _zip_kind(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ConversionError(f"{path} is a damaged archive ({error}); copy or save the model again") from None
+    if "config.json" in names and "metadata.json" in names:
+        return "keras"
+    # Inside a PyTorch archive everything lies below one folder with a name of its own.
+    inner = {name.split("/", 1)[1] for name in names if "/" in name}
+    if "archive_format" in inner or any(name.startswith("models/") for name in inner):
+        return "torch-export"
+    if "constants.pkl" in inner:
+        return "torchscript"
+    if "data.pkl" in inner:
+        return "torch-pickle"
+    raise ConversionError(f"{path} is an archive with {sorted(names)[:3]} in it, which is no model this packager reads")
+
+
+def _looks_like_onnx(head: bytes) -> bool:
+    """An ONNX ModelProto begins with its IR version: field 1, a small number."""
+    return len(head) > 3 and head[0] == 0x08 and 0 < head[1] < 0x20
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 over names and contents; for ONNX, files with weights beside it are hashed by its converter's check."""
+    digest = hashlib.sha256()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode() + b"\0" + str(file.stat().st_size).encode() + b"\0")
+        with file.open("rb") as stream:
+            for chunk in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""SavedModel, ``.keras`` and ``.h5`` to a SavedModel with one signature, from which the TFLite builder converts.
+
+The builder makes every precision, float32 too, from that SavedModel with TensorFlow's own TFLite converter, so
+this route only normalizes the source: one signature, the source's names, the shapes that the user gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from edge_infer.convert import ask_source, override, spec_from_json
+from edge_infer.errors import ConversionError, UsageError
+from edge_infer.manifest import TensorSpec
+
+SIGNATURE = "serving_default"
+
+
+@dataclass
+class Loaded:
+    """A model as a function of tensors by name to tensors by name. ``tracked`` holds its variables for saving."""
+
+    call: Callable[..., dict[str, tf.Tensor]]
+    inputs: list[TensorSpec]
+    tracked: Any
+    #: The SavedModel that it was read from, and the signature there, if it was.
+    saved: tuple[str, str] | None = None
+
+
+def convert(request: dict[str, Any]) -> dict[str, Any]:
+    load = _load_keras if request["kind"] == "keras" else _load_saved_model
+    model = load(Path(request["source"]), request["signature"])
+    inputs = override(model.inputs, [spec_from_json(row) for row in request["inputs"]])
+    function = tf.function(model.call, autograph=False).get_concrete_function(
+        **{spec.name: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in inputs}
+    )
+    names = sorted(function.structured_outputs)
+
+    def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        answer = function(**{name: tf.constant(array) for name, array in feed.items()})
+        return {name: answer[name].numpy() for name in names}
+
+    _, answer = ask_source(request, inputs, names, run)
+    folder, signature = model.saved if model.saved and inputs == model.inputs else _save(request, model, function)
+    details = {"saved_model": folder, "signature": signature, "tools": {"tensorflow": tf.__version__}}
+    return {**answer, "details": details}
+
+
+def _save(request: dict[str, Any], model: Loaded, function: Any) -> tuple[str, str]:
+    """Write ``function`` as a SavedModel of one signature."""
+    folder = str(Path(request["work"]) / "saved_model")
+    module = tf.Module()
+    module.tracked = model.tracked
+    tf.saved_model.save(module, folder, signatures={SIGNATURE: function})
+    return folder, SIGNATURE
+
+
+def _load_keras(path: Path, signature: str | None) -> Loaded:
+    if signature is not None:
+        raise UsageError(f"--signature {signature} was given, but {path.name} is a Keras file, which has none")
+    import keras
+
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(f"Keras cannot load {path}: {str(error).strip().splitlines()[0][:300]}") from error
+    if not getattr(model, "inputs", None):
+        raise ConversionError(f"{path} is a Keras model without fixed inputs; export it with model.export() instead")
+    structure = model.input
+    names = [tensor.name for tensor in model.inputs]
+    specs = [TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in model.inputs]
+    output_names = _keras_output_names(model)
+
+    def call(**tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        packed = keras.tree.pack_sequence_as(structure, [tensors[name] for name in names])
+        answers = keras.tree.flatten(model(packed, training=False))
+        return dict(zip(output_names, answers, strict=True))
+
+    # The TFLite converter freezes only variables that are TensorFlow's own: with Keras's wrappers tracked instead,
+    # it silently drops every weight and the model answers NaN.
+    return Loaded(call, specs, [variable.value for variable in model.variables])
+
+
+def _keras_output_names(model: Any) -> list[str]:
+    """Names of a Keras model's outputs: the keys of its dictionary, else the layers that make them."""
+    if isinstance(model.output, dict):
+        return sorted(model.output)  # keras.tree flattens a dictionary by sorted keys
+    names = list(getattr(model, "output_names", None) or (tensor.name for tensor in model.outputs))
+    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]
+
+
+def _load_saved_model(path: Path, signature: str | None) -> Loaded:
+    try:
+        loaded = tf.saved_model.load(str(path))
+    except Exception as error:  # a damaged SavedModel raises almost anything
+        raise ConversionError(f"TensorFlow cannot load {path}: {str(error).strip().splitlines()[0][:300]}") from error
+    key = _choose_signature(path, sorted(loaded.signatures), signature)
+    function = loaded.signatures[key]
+    _, arguments = function.structured_input_signature
+    specs = [TensorSpec(name, spec.dtype.name, _shape(path, spec)) for name, spec in arguments.items()]
+
+    def call(**tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        return dict(function(**tensors))
+
+    return Loaded(call, specs, loaded, (str(path), key))
+
+
+def _shape(path: Path, spec: tf.TensorSpec) -> tuple[int | None, ...]:
+    if spec.shape.rank is None:
+        raise UsageError(f"{path}: input {spec.name!r} has no fixed number of dimensions; export it with one")
+    return tuple(spec.shape)
+
+
+def _choose_signature(path: Path, known: list[str], wanted: str | None) -> str:
+    if wanted is None:
+        wanted = known[0] if len(known) == 1 else SIGNATURE
+    if wanted not in known:
+        raise UsageError(f"{path} has no signature {wanted!r}, it has: {', '.join(known) or 'none'}; use --signature")
+    return wanted

@@ -1,0 +1,227 @@
+"""Load a PyTorch model of any kind as a module that takes tensors by position and gives a tuple of tensors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_infer.convert import spec_from_json
+from edge_infer.errors import ConversionError, UsageError
+from edge_infer.manifest import TensorSpec
+from edge_infer.probe import Feed
+
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, ImportError, TypeError)
+
+
+@dataclass
+class TorchModel:
+    """``module`` in evaluation mode; ``call`` runs it on arrays by name; ``output_names`` is known after one run."""
+
+    module: Any
+    inputs: list[TensorSpec]
+    scripted: bool
+    exported: Any = None
+
+    def tuple_module(self) -> FlatOutputs:
+        """The module with positional inputs and a flat tuple of outputs, as engines have it."""
+        return FlatOutputs(self.module, [spec.name for spec in self.inputs], positional=self.exported is not None)
+
+    def run(self, feed: Feed) -> Feed:
+        tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in self.inputs]
+        with torch.inference_mode():
+            flat = self.tuple_module().named(*tensors)
+        return {name: tensor.detach().numpy().copy() for name, tensor in flat.items()}
+
+
+class FlatOutputs(torch.nn.Module):
+    """Calls the model with its inputs in order and flattens what it returns."""
+
+    def __init__(self, module: torch.nn.Module, names: list[str], positional: bool) -> None:
+        super().__init__()
+        self.module = module
+        self._names = names
+        self._positional = positional
+
+    def named(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._positional:
+            return flatten_outputs(self.module(*tensors))
+        return flatten_outputs(self.module(**dict(zip(self._names, tensors, strict=True))))
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.named(*tensors).values())
+
+
+def flatten_outputs(value: Any, name: str = "output") -> dict[str, torch.Tensor]:
+    """Names for what a forward returns: dictionary keys, fields of named tuples, otherwise ``output_0``, ..."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    if value is None:
+        return {}
+    prefix = "" if name == "output" else f"{name}_"
+    if isinstance(value, Mapping):
+        items = [(f"{prefix}{key}", item) for key, item in value.items()]
+    elif hasattr(value, "_fields"):
+        items = [(f"{prefix}{key}", getattr(value, key)) for key in value._fields]
+    elif isinstance(value, (tuple, list)):
+        items = [(f"{name}_{index}" if len(value) > 1 else name, item) for index, item in enumerate(value)]
+    else:
+        raise ConversionError(
+            f"the model returns a {type(value).__name__}, expected tensors, or tuples or dicts of them"
+        )
+    return {key: tensor for label, item in items for key, tensor in flatten_outputs(item, label).items()}
+
+
+def load(request: dict[str, Any]) -> TorchModel:
+    """The source of a conversion request. Raises UsageError, ConversionError."""
+    path, kind = Path(request["source"]), request["kind"]
+    given = [spec_from_json(row) for row in request["inputs"]]
+    if request["signature"] is not None:
+        raise UsageError(f"--signature {request['signature']} was given, but PyTorch models have no signatures")
+    if kind == "torch-export":
+        return _load_export(path, given)
+    module = _load_script(path) if kind == "torchscript" else _load_pickle(path, request)
+    module.eval()
+    return TorchModel(module, _named_inputs(module, given), scripted=kind == "torchscript")
+
+
+def _load_script(path: Path) -> torch.nn.Module:
+    try:
+        module: torch.nn.Module = torch.jit.load(str(path), map_location="cpu")
+    except LOAD_ERRORS as error:
+        raise ConversionError(f"PyTorch cannot load {path} as TorchScript: {_first_line(error)}") from error
+    return module
+
+
+def _load_export(path: Path, given: list[TensorSpec]) -> TorchModel:
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:  # its readers raise their own kinds
+        raise ConversionError(f"PyTorch cannot load {path} as an exported program: {_first_line(error)}") from error
+    inputs = []
+    by_name = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name in program.graph_signature.user_inputs:
+        value = by_name[name].meta["val"]
+        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+        inputs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), shape))
+    for spec in given:
+        if spec not in inputs:
+            raise UsageError(
+                f"--input gives {spec}, but {path.name} was exported with {', '.join(map(str, inputs))}; "
+                "leave --input away or export it again"
+            )
+    return TorchModel(program.module(), inputs, scripted=False, exported=program)
+
+
+def _load_pickle(path: Path, request: dict[str, Any]) -> torch.nn.Module:
+    if request["factory"]:
+        return _load_state(path, request["factory"])
+    if not request["trust_pickle"]:
+        raise UsageError(
+            f"{path} is a PyTorch pickle: give the code that builds the network with --factory module:callable, or, "
+            "for a whole pickled module from a source you trust (opening it runs its code), --trust-pickle"
+        )
+    sys.path.insert(0, str(path.parent))  # a pickled module names the file its class came from
+    try:
+        module = torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # a pickle raises whatever its code does
+        raise ConversionError(f"PyTorch cannot load {path}: {_first_line(error)}") from error
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"{path} holds a {type(module).__name__}, not a module; give the network with --factory")
+    return module
+
+
+def _load_state(path: Path, factory: str) -> torch.nn.Module:
+    module = build(factory)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError and others; the sentence names the cause
+        raise ConversionError(f"PyTorch cannot load {path} as a state dict: {_first_line(error)}") from error
+    if not isinstance(state, Mapping):
+        raise UsageError(f"{path} holds a {type(state).__name__}, expected a state dict for the network of --factory")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UsageError(
+            f"{path} does not fit the network of --factory {factory}: {' '.join(lines[:2])[:300]}"
+        ) from None
+    return module
+
+
+def build(factory: str) -> torch.nn.Module:
+    """Call ``module:callable`` or ``file.py:callable``. Raises UsageError."""
+    where, _, name = factory.rpartition(":")
+    if not where or not name:
+        raise UsageError(f"--factory {factory!r}, expected module:callable or file.py:callable")
+    function = getattr(_import(where, factory), name, None)
+    if not callable(function):
+        raise UsageError(f"--factory {factory}: {where} has no callable {name!r}")
+    try:
+        module = function()
+    except Exception as error:
+        raise UsageError(f"--factory {factory} failed: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"--factory {factory} gives a {type(module).__name__}, expected a torch.nn.Module")
+    return module
+
+
+def _import(where: str, factory: str) -> Any:
+    path = Path(where)
+    try:
+        if path.suffix != ".py":
+            return importlib.import_module(where)
+        sys.path.insert(0, str(path.resolve().parent))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None  # a .py suffix always has a loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:
+        raise UsageError(
+            f"--factory {factory}: cannot import {where} ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _named_inputs(module: torch.nn.Module, given: list[TensorSpec]) -> list[TensorSpec]:
+    """The user's inputs in the order of the forward's parameters."""
+    known, required = _parameters(module)
+    example = f"--input {known[0] if known else 'x'}=float32:?,3,224,224"
+    if not given:
+        raise UsageError(f"a PyTorch model carries no input shapes; give each of {', '.join(known)} as in {example}")
+    for spec in given:
+        if spec.name not in known:
+            raise UsageError(f"--input names {spec.name!r}, the model's forward takes: {', '.join(known)}")
+    absent = [name for name in required if name not in {spec.name for spec in given}]
+    if absent:
+        raise UsageError(f"the model's forward needs {absent[0]!r} too; give it as in {example}")
+    return sorted(given, key=lambda spec: known.index(spec.name))
+
+
+def _parameters(module: Any) -> tuple[list[str], list[str]]:
+    """Names of all parameters of the forward, and of those without a default."""
+    if isinstance(module, torch.jit.ScriptModule):
+        schema: Any = module.forward
+        arguments = [item for item in schema.schema.arguments if item.name != "self"]
+        return [item.name for item in arguments], [item.name for item in arguments if not item.has_default_value()]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [item for item in inspect.signature(module.forward).parameters.values() if item.kind in kinds]
+    return [item.name for item in parameters], [item.name for item in parameters if item.default is item.empty]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def examples(model: TorchModel, feeds: list[Feed]) -> tuple[torch.Tensor, ...]:
+    """Tensors to trace with: the largest case, so that dynamic dimensions are not of size 1, which means broadcast."""
+    feed = max(feeds, key=lambda feed: sum(array.size for array in feed.values()))
+    return tuple(torch.from_numpy(feed[spec.name].copy()) for spec in model.inputs)

@@ -1,0 +1,77 @@
+"""Probe inputs: what a model is asked while packaging, from the same seed every time.
+
+The first cases become the bundle's golden questions, so they should move the outputs: real samples where there is
+calibration data, otherwise several kinds of noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_infer.manifest import TensorSpec
+from edge_infer.quantize.calibration import Calibration
+from edge_infer.runtime.arrays import write_npz
+
+Array = np.ndarray[Any, Any]
+Feed = dict[str, Array]
+
+SEED = 20
+#: Cases with calibration data and without.
+CALIBRATED_CASES, NOISE_CASES = 32, 8
+#: Sizes that a dynamic dimension takes in turn: the first axis (a batch), and any other (length, height, width).
+BATCHES, LENGTHS = (1, 2, 3), (32, 64)
+
+
+def make_feeds(inputs: Sequence[TensorSpec], calibration: Path | None) -> list[Feed]:
+    """Inputs by name, one dict a case. Raises UsageError when the calibration data does not fit the inputs."""
+    rng = np.random.default_rng(SEED)
+    if calibration is None:
+        return [_noise(inputs, case, rng) for case in range(NOISE_CASES)]
+    data = Calibration(calibration, inputs)
+    order = rng.permutation(data.count)
+    return [data.feed(int(order[case % data.count]), BATCHES[case % 3]) for case in range(CALIBRATED_CASES)]
+
+
+def _noise(inputs: Sequence[TensorSpec], case: int, rng: np.random.Generator) -> Feed:
+    return {spec.name: _draw(np.dtype(spec.dtype), _shape(spec, case), case, rng) for spec in inputs}
+
+
+def _shape(spec: TensorSpec, case: int) -> tuple[int, ...]:
+    sizes = (BATCHES[case % 3], LENGTHS[case % 2])
+    return tuple(sizes[axis > 0] if size is None else size for axis, size in enumerate(spec.shape))
+
+
+def _draw(dtype: np.dtype[Any], shape: tuple[int, ...], case: int, rng: np.random.Generator) -> Array:
+    """Noise of the usual ranges of inputs. Integers are 0 or 1: safe as indices into any table."""
+    if dtype.kind != "f":
+        return rng.integers(0, 2, shape).astype(dtype)
+    kinds = (rng.standard_normal(shape), rng.random(shape), 3 * rng.standard_normal(shape), 2 * rng.random(shape) - 1)
+    return np.asarray(kinds[case % len(kinds)]).astype(dtype)
+
+
+def observed_specs(names: Sequence[str], answers: Sequence[Feed]) -> list[TensorSpec]:
+    """Specs of outputs from what they were in all cases: a dimension that changed is dynamic."""
+    specs = []
+    for name in names:
+        shapes = [answer[name].shape for answer in answers]
+        shape = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+        specs.append(TensorSpec(name, str(answers[0][name].dtype), shape))
+    return specs
+
+
+def save_feeds(path: Path, feeds: Sequence[Feed]) -> None:
+    """Store cases of arrays by name; names may hold any character, so they go into an array of their own."""
+    names = sorted(feeds[0])
+    arrays = {f"{case}.{index}": feed[name] for case, feed in enumerate(feeds) for index, name in enumerate(names)}
+    write_npz(path, {"names": np.array(names), **arrays})
+
+
+def load_feeds(path: Path) -> list[Feed]:
+    with np.load(path, allow_pickle=False) as file:
+        names = [str(name) for name in file["names"]]
+        cases = (len(file.files) - 1) // len(names)
+        return [{name: file[f"{case}.{index}"] for index, name in enumerate(names)} for case in range(cases)]

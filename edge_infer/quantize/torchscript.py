@@ -1,0 +1,120 @@
+"""TorchScript artifacts: float32 with mapped weights, and int8 for the qnnpack kernels that ARM boards have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_infer.convert import spec_from_json
+from edge_infer.errors import ConversionError
+from edge_infer.quantize.calibration import Calibration
+from edge_infer.runtime.engines.torchscript import TENSOR_TABLE
+
+MODEL, WEIGHTS = "model.torchscript", "weights.bin"
+#: Tensors of at least a page begin on a page, smaller ones on a cache line.
+LINE_BYTES = 64
+#: Archives of the file format that torch 2.x writes are read since 1.12; mapping storages from files came with 2.1.
+OLDEST = "2.1.0"
+
+
+def build(request: dict[str, Any]) -> dict[str, Any]:
+    module = torch.jit.load(request["details"]["model"]).eval()
+    module = QUANTIZERS[request["precision"]](module, request)
+    operators = sorted(torch.jit.export_opnames(module))
+    weights = save_mapped(module, Path(request["out"]), request["page_size_bytes"])
+    return {
+        "model": MODEL,
+        "weights": WEIGHTS if weights else None,
+        "signature": None,
+        "prepack": False,
+        "operators": operators,
+        "requires": [["torch", OLDEST]],
+        "tools": {"torch": torch.__version__},
+    }
+
+
+def float32(module: Any, request: dict[str, Any]) -> Any:
+    return module
+
+
+def int8(module: Any, request: dict[str, Any]) -> Any:
+    """Weights and activations in int8, calibrated, for qnnpack."""
+    from torch.ao.quantization import get_default_qconfig
+    from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
+
+    inputs = [spec_from_json(row) for row in request["inputs"]]
+    calibration = Calibration(Path(request["calibration"]), inputs)
+    torch.backends.quantized.engine = "qnnpack"
+    try:
+        observed = prepare_jit(module, {"": get_default_qconfig("qnnpack")})
+        with torch.no_grad():
+            for feed in calibration.feeds():
+                observed(*(torch.from_numpy(feed[spec.name].copy()) for spec in inputs))
+        return convert_jit(observed)
+    except Exception as error:
+        raise explain(error) from error
+
+
+def int8_dynamic(module: Any, request: dict[str, Any]) -> Any:
+    """Weights of dense and recurrent layers in int8; activations are quantized while running."""
+    from torch.ao.quantization import default_dynamic_qconfig
+    from torch.ao.quantization.quantize_jit import quantize_dynamic_jit
+
+    torch.backends.quantized.engine = "qnnpack"
+    try:
+        return quantize_dynamic_jit(module, {"": default_dynamic_qconfig})
+    except Exception as error:
+        raise explain(error) from error
+
+
+QUANTIZERS = {"float32": float32, "int8-dynamic": int8_dynamic, "int8": int8}
+
+
+def explain(error: BaseException) -> ConversionError:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return ConversionError(
+        f"TorchScript cannot quantize this model: {lines[0][:300]}; choose --format onnx or another precision"
+    )
+
+
+def save_mapped(module: Any, out: Path, page_size: int) -> int:
+    """Write the weights flat and aligned, then the module without them; gives the bytes of the weights file.
+
+    Tensors that share a storage (tied weights) share its one copy in the file. What quantized layers keep packed
+    is no tensor and stays in the skeleton.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False))
+    tensors.update(module.named_buffers(remove_duplicate=False))
+    places: dict[int, int] = {}
+    table: dict[str, dict[str, Any]] = {}
+    position = 0
+    with (out / WEIGHTS).open("wb") as file:
+        for name, tensor in sorted(tensors.items()):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in places:
+                alignment = page_size if storage.nbytes() >= page_size else LINE_BYTES
+                position = -(-position // alignment) * alignment
+                places[storage.data_ptr()] = position
+                file.seek(position)
+                file.write(torch.tensor([], dtype=torch.uint8).set_(storage).numpy().tobytes())
+                position += storage.nbytes()
+            table[name] = _row(tensor, places[storage.data_ptr()])
+        file.truncate(position)
+    for tensor in tensors.values():
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+    module.save(str(out / MODEL), _extra_files={TENSOR_TABLE: json.dumps(table, sort_keys=True)})
+    if not position:
+        (out / WEIGHTS).unlink()
+    return position
+
+
+def _row(tensor: torch.Tensor, base: int) -> dict[str, Any]:
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "offset": base + tensor.storage_offset() * tensor.element_size(),
+        "shape": list(tensor.shape),
+        "strides": list(tensor.stride()),
+    }
