@@ -1,0 +1,53 @@
+"""Tables and progress on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from edge_infer.errors import UsageError
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on standard output; columns named with a trailing ``>`` are aligned right."""
+    table_class, console_class = _rich()
+    table = table_class(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = console_class(soft_wrap=False)
+    # Piped into a file there is no width to keep to.
+    console_class(width=console.width if console.is_terminal else 200, markup=False, highlight=False).print(table)
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows what is running now: a spinner on a terminal, a line each elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda step: print(f"  {step}", file=sys.stderr, flush=True)
+        return
+    _, console_class = _rich()
+    with console_class(stderr=True).status("starting") as status:
+        yield status.update
+
+
+def _rich() -> tuple[type, type]:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise UsageError(
+            f"the host's command line needs rich ({error}); install it: pip install 'edge-infer[host]'"
+        ) from None
+    return Table, Console
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
