@@ -100,3 +100,15 @@ def test_digits(models: Path) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
             return data["image"], data["label"]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def device_python() -> Callable[[str], Path]:
+    """``device_python(extra)``: the Python of a fresh environment with the built wheel and that one engine."""
+
+    def find(extra: str) -> Path:
+        path = ROOT / "build" / f"device-{extra}" / "bin" / "python"
+        assert path.exists(), f"{path} is missing; run scripts/test, which makes it"
+        return path
+
+    return find

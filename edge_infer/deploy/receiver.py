@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Optional
+from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Optional, Tuple
 
 from edge_infer import admission
 from edge_infer.bundle import CHUNK_BYTES, hash_file
@@ -45,6 +45,18 @@ print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "packages": found}))
 """
 
 
+#: What each request must hold, and which are part of a push.
+TEXT_OR_NONE = (str, type(None))
+FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
+    "begin": {"manifest": (str,), "python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
+    "file": {"name": (str,), "offset": (int,), "size": (int,)},
+    "finish": {"timeout_s": (int, float)},
+    "status": {"python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
+    "rollback": {"name": (str,), "store": TEXT_OR_NONE},
+}
+AFTER_BEGIN = ("file", "finish")
+
+
 class Receiver:
     """One conversation. ``asked`` and ``told`` are its two streams."""
 
@@ -59,6 +71,8 @@ class Receiver:
         }
         self.store = Store(default_root())
         self.python = sys.executable
+        self.manifest: Optional[Manifest] = None
+        self.digest = ""
 
     def serve(self) -> None:
         """Answer requests until the host ends the conversation or one fails."""
@@ -90,6 +104,11 @@ class Receiver:
             raise DeviceError("the host sent a line that is not JSON; use the same edge-infer on both ends") from None
         if not isinstance(value, dict) or value.get("op") not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
+        for name, kinds in FIELDS[value["op"]].items():
+            if not isinstance(value.get(name), kinds) or isinstance(value.get(name), bool):
+                raise DeviceError(f"the host's request {value['op']!r} has no valid {name!r}")
+        if value["op"] in AFTER_BEGIN and self.manifest is None:
+            raise DeviceError(f"the host's request {value['op']!r} came before it said which bundle it pushes")
         return value
 
     def answer(self, request: Mapping[str, Any]) -> None:
@@ -101,14 +120,20 @@ class Receiver:
         self.told.write(json.dumps(message).encode() + b"\n")
         self.told.flush()
 
+    @property
+    def bundle(self) -> Manifest:
+        """The manifest of the bundle being pushed; ``read`` lets no request that needs it come before it."""
+        assert self.manifest is not None
+        return self.manifest
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def begin(self, request: Mapping[str, Any]) -> Dict[str, Any]:
-        data = str(request["manifest"]).encode()
-        self.manifest: Manifest = parse(data)
+        data = request["manifest"].encode("utf-8", "surrogatepass")
+        self.manifest = parse(data)
         self.digest = hashlib.sha256(data).hexdigest()
         self.python = serving_python(self.store, request.get("python"))
-        name = self.manifest.name
+        name = self.bundle.name
         present = self.store.has(name, self.digest)
         have = {} if present else self._have(self.store.root / "staging" / self.digest)
         return {
@@ -121,7 +146,7 @@ class Receiver:
     def _have(self, staged: Path) -> Dict[str, int]:
         """Bytes of each file that an interrupted push left, or all where another release has the same file."""
         have = {}
-        for name, entry in self.manifest.files.items():
+        for name, entry in self.bundle.files.items():
             part = staged / name
             have[name] = min(part.stat().st_size, entry.size) if part.is_file() else 0
             if have[name] < entry.size and self._same_file(entry.size, entry.sha256):
@@ -129,8 +154,8 @@ class Receiver:
         return have
 
     def _same_file(self, size: int, sha256: str) -> Optional[Path]:
-        for digest in self.store.history(self.manifest.name):
-            folder = self.store.release(self.manifest.name, digest)
+        for digest in self.store.history(self.bundle.name):
+            folder = self.store.release(self.bundle.name, digest)
             try:
                 files = parse((folder / MANIFEST_NAME).read_bytes()).files
             except (OSError, BundleError):
@@ -142,8 +167,8 @@ class Receiver:
 
     def file(self, request: Mapping[str, Any]) -> None:
         """Append the bytes that follow to the staged file."""
-        name, offset, size = str(request["name"]), int(request["offset"]), int(request["size"])
-        entry = self.manifest.files.get(name)
+        name, offset, size = request["name"], request["offset"], request["size"]
+        entry = self.bundle.files.get(name)
         if entry is None or offset < 0 or size < 0 or offset + size > entry.size:
             raise DeviceError(
                 f"the host sent bytes {offset} to {offset + size} of {name!r}, which are not in the manifest"
@@ -161,7 +186,7 @@ class Receiver:
                 size -= len(data)
 
     def finish(self, request: Mapping[str, Any]) -> Dict[str, Any]:
-        name = self.manifest.name
+        name = self.bundle.name
         if not self.store.has(name, self.digest):
             self._admit()
         release = self.store.release(name, self.digest)
@@ -177,20 +202,20 @@ class Receiver:
         """Complete the staged folder and move it among the releases; one that fails its check is thrown away."""
         staged = self.store.staging(self.digest)
         try:
-            for name, entry in self.manifest.files.items():
+            for name, entry in self.bundle.files.items():
                 same = None if _size(staged / name) == entry.size else self._same_file(entry.size, entry.sha256)
                 if same is not None:
                     if (staged / name).exists():
                         (staged / name).unlink()
                     shutil.copyfile(str(same), str(staged / name))
-            (staged / MANIFEST_NAME).write_bytes(self.manifest.to_bytes())
-            self.store.admit(staged, self.manifest.name, self.digest)
+            (staged / MANIFEST_NAME).write_bytes(self.bundle.to_bytes())
+            self.store.admit(staged, self.bundle.name, self.digest)
         except BundleError:
             shutil.rmtree(str(staged), ignore_errors=True)
             raise
 
     def _still(self) -> str:
-        digests = self.store.history(self.manifest.name)
+        digests = self.store.history(self.bundle.name)
         return f"the release {digests[0][:12]} stays in use" if digests else "nothing was activated"
 
     def status(self, request: Mapping[str, Any]) -> Dict[str, Any]:
