@@ -50,7 +50,7 @@ FACTS = {
     "python": "3.11",
     "packages": {"edge-infer": "0.1.0", "onnxruntime": "1.20.1"},
 }
-ANSWER = {"present": False, "have": {}, "current": []}
+ANSWER = {"present": False, "have": {}, "copies": [], "current": []}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

@@ -173,6 +173,7 @@ def test_a_file_that_another_release_has_is_not_sent_again(local, onnx, tmp_path
     renamed = rewritten(onnx, tmp_path, version="2")
     pushed = local.push(renamed)
     assert pushed.sent_bytes == 0 and pushed.digest != onnx.digest
+    assert "copy weights.bin from another release" in [str(step) for step in pushed.steps]
     assert local.current("digits").manifest.version == "2"
 
 

@@ -18,7 +18,7 @@ OLDEST_PYTHON = "3.10"
 
 @dataclass(frozen=True)
 class Step:
-    """``action`` is send, keep, self-test or activate; ``size`` the bytes it sends from ``offset``."""
+    """``action`` is send, copy, keep, self-test or activate; ``size`` the bytes it sends from ``offset``."""
 
     action: str
     subject: str
@@ -45,9 +45,14 @@ def make_plan(manifest: Manifest, digest: str, answer: Mapping[str, Any]) -> lis
     else:
         for name, entry in sorted(manifest.files.items()):
             have = int(answer["have"].get(name, 0))
-            steps.append(Step("send", name, entry.size - have, have) if have < entry.size else Step("keep", name))
-    # What is sent and what is copied from another release both take space.
-    needed = 0 if answer["present"] else manifest.size - sum(step.offset for step in steps)
+            if have == entry.size:
+                steps.append(Step("keep", name))
+            elif name in answer["copies"]:
+                steps.append(Step("copy", f"{name} from another release"))
+            else:
+                steps.append(Step("send", name, entry.size - have, have))
+    # What is copied on the device takes space as well as what is sent.
+    needed = 0 if answer["present"] else manifest.size - sum(answer["have"].values())
     if needed > facts["free_bytes"]:
         raise DeviceError(
             f"the push needs {needed:,} bytes, the device has {facts['free_bytes']:,} free beyond its reserve; "

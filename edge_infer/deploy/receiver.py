@@ -135,23 +135,24 @@ class Receiver:
         self.python = serving_python(self.store, request.get("python"))
         name = self.bundle.name
         present = self.store.has(name, self.digest)
-        have = {} if present else self._have(self.store.root / "staging" / self.digest)
+        have = {} if present else self._staged()
         return {
             "facts": facts(self.store.root, self.python),
             "present": present,
             "have": have,
+            "copies": [] if present else self._copies(have),
             "current": self.store.history(name)[:1],
         }
 
-    def _have(self, staged: Path) -> Dict[str, int]:
-        """Bytes of each file that an interrupted push left, or all where another release has the same file."""
-        have = {}
-        for name, entry in self.bundle.files.items():
-            part = staged / name
-            have[name] = min(part.stat().st_size, entry.size) if part.is_file() else 0
-            if have[name] < entry.size and self._same_file(entry.size, entry.sha256):
-                have[name] = entry.size
-        return have
+    def _staged(self) -> Dict[str, int]:
+        """Bytes of each file that an interrupted push left."""
+        folder = self.store.root / "staging" / self.digest
+        return {name: min(max(_size(folder / name), 0), entry.size) for name, entry in self.bundle.files.items()}
+
+    def _copies(self, have: Mapping[str, int]) -> List[str]:
+        """Files that need not be sent since another release has the same."""
+        files = self.bundle.files.items()
+        return [name for name, entry in files if have[name] < entry.size and self._same_file(entry.size, entry.sha256)]
 
     def _same_file(self, size: int, sha256: str) -> Optional[Path]:
         for digest in self.store.history(self.bundle.name):
