@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -35,7 +36,7 @@ def self_test(bundle: Path, python: str, timeout_s: float = TIMEOUT_S) -> Dict[s
 
     Raises SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
     """
-    return run_child(python, ["selftest", str(bundle)], timeout_s)
+    return run_child(python, ["selftest", str(bundle.absolute())], timeout_s)
 
 
 def run_child(
@@ -58,17 +59,15 @@ def run_child(
     except OSError as error:
         raise DeviceError(f"cannot start {python}: {error.strerror}; name the device's Python with --python") from None
     except subprocess.TimeoutExpired:
-        raise SelfTestFailed(
-            f"no answer within {timeout_s:.0f} s; the engine hangs or the device is too slow"
-        ) from None
+        raise SelfTestFailed(f"no answer within {timeout_s:g} s; the engine hangs or the device is too slow") from None
     words = done.stderr.decode("utf-8", "replace")
     if done.returncode < 0:
         raise _killed(-done.returncode, words)
     answer = _answer(done.stdout)
-    if answer is None:
-        raise _no_answer(python, done.returncode, words)
-    if "error" in answer:
+    if answer is not None and "error" in answer:
         raise rebuild(answer["error"])
+    if answer is None or done.returncode:
+        raise _no_answer(python, done.returncode, words)
     return answer
 
 
@@ -89,16 +88,16 @@ def _answer(output: bytes) -> Optional[Dict[str, Any]]:
             try:
                 value = json.loads(line)
             except ValueError:
-                return None
+                continue
             return value if isinstance(value, dict) else None
     return None
 
 
 def _no_answer(python: str, status: int, words: str) -> EdgeInferError:
-    if "No module named edge_infer" in words or "No module named 'edge_infer" in words:
-        return EngineMissing(
-            f"edge-infer is not installed for {python}; install it: {python} -m pip install edge-infer"
-        )
+    absent = re.search(r"No module named '?(edge_infer|numpy)\b", words)
+    if absent:
+        name = absent.group(1).replace("_", "-")
+        return EngineMissing(f"{name} is not installed for {python}; install it: {python} -m pip install edge-infer")
     return SelfTestFailed(f"{python} -m edge_infer ended with status {status} and no answer{_tail(words)}")
 
 

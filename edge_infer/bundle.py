@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +61,14 @@ def read_plain_file(path: Path, most: int) -> bytes:
         raise BundleError(f"{path.parent} holds no {path.name}, so it is not a bundle") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode) or info.st_size > most:
             raise BundleError(f"{path} is not a plain file of at most {most} bytes")
-        return file.read()
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def check_listing(path: Path, manifest: Manifest) -> None:
@@ -158,9 +159,13 @@ def _write_stamp(path: Path, rows: Dict[str, List[int]]) -> None:
 
 def replace_file(path: Path, data: bytes, durable: bool = True) -> None:
     """Write ``path`` aside and rename it into place; durably also syncs the file and the directory."""
+    import tempfile  # here, since its import takes longer than opening a bundle
+
     descriptor, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            # mkstemp lets nobody else read: the user who pushes and the one who runs models may differ.
+            os.fchmod(file.fileno(), 0o644)
             file.write(data)
             if durable:
                 file.flush()
@@ -201,6 +206,9 @@ def write_bundle(manifest: Manifest, folder: Path, path: Path) -> Bundle:
     The bundle is put together beside ``path`` and renamed, so that a half-written one never shows. An older
     bundle at ``path`` is replaced; anything else there is refused with UsageError.
     """
+    import shutil
+    import tempfile
+
     refuse_to_overwrite(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=str(path.parent), prefix=f".{path.name}."))
@@ -214,16 +222,36 @@ def write_bundle(manifest: Manifest, folder: Path, path: Path) -> Bundle:
         sync_file(fresh / MANIFEST_NAME)
         sync_directory(fresh)
         verify(open_bundle(fresh), mode="full")
-        if path.exists():
-            path.rename(aside / "old")
-        fresh.rename(path)
-        sync_directory(path.parent)
+        _put_in_place(fresh, path, aside / "old")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return open_bundle(path)
 
 
+def _put_in_place(fresh: Path, path: Path, old: Path) -> None:
+    """Rename ``fresh`` to ``path``; what was there goes to ``old``, and back again when that fails."""
+    if path.exists():
+        path.rename(old)
+    try:
+        fresh.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    sync_directory(path.parent)
+
+
 def refuse_to_overwrite(path: Path) -> None:
-    """Raise UsageError when something that is not a bundle lies at ``path``."""
-    if path.exists() and not (path / MANIFEST_NAME).is_file():
-        raise UsageError(f"{path} exists and is not a bundle; choose another name with -o or remove it")
+    """Raise UsageError when something that is not a bundle lies at ``path``.
+
+    A file called manifest.json does not make a folder a bundle: other programs have those too, and replacing a
+    bundle removes the whole folder.
+    """
+    if not os.path.lexists(str(path)):
+        return
+    try:
+        open_bundle(path)
+    except (BundleError, UsageError) as error:
+        raise UsageError(
+            f"{path} exists and is not a sound bundle ({error}); choose another name with -o or remove it"
+        ) from None

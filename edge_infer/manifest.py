@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar, cast
 
@@ -23,6 +24,7 @@ MANIFEST_MAX_BYTES = 4 * 1024 * 1024
 
 FORMATS = ("tflite", "onnx", "torchscript")
 PRECISIONS = ("float32", "float16", "int8-dynamic", "int8")
+PROVIDERS = ("tensorrt", "cuda", "cpu")
 DTYPES = (
     "float16",
     "float32",
@@ -83,7 +85,7 @@ def count(value: Any, where: str) -> int:
 
 
 def number(value: Any, where: str) -> float:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
     _expect(valid, where, "a number, zero or more", value)
     return float(value)
 
@@ -190,7 +192,7 @@ class Artifact:
     model: str = read(plain_name)
     requires: Tuple[Requirement, ...] = read(tuple_of(struct(Requirement)))
     operators: Tuple[str, ...] = read(tuple_of(text))
-    providers: Tuple[str, ...] = read(tuple_of(one_of("tensorrt", "cuda", "cpu")))
+    providers: Tuple[str, ...] = read(tuple_of(one_of(*PROVIDERS)))
     weights: Optional[str] = read(optional(plain_name), default=None)
     signature: Optional[str] = read(optional(text), default=None)
     prepack: bool = read(boolean, default=False)
@@ -264,7 +266,7 @@ class Manifest:
     extra: Mapping[str, Any] = extra()
 
     def to_bytes(self) -> bytes:
-        """The canonical JSON: sorted keys, UTF-8, one space of indent, a newline at the end."""
+        """Canonical JSON: sorted keys, UTF-8, one space of indent, no field at its default, a newline at the end."""
         return canonical_json(_plain(self))
 
     @property
@@ -282,10 +284,21 @@ def canonical_json(value: object) -> bytes:
     return (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
 
 
+def _is_default(item: Any, value: Any) -> bool:
+    """A field at its default is left out: one that a later version adds then changes no older bundle's digest."""
+    if item.default_factory is not dataclasses.MISSING:
+        return bool(value == item.default_factory())
+    return item.default is not dataclasses.MISSING and bool(value == item.default)
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-        return {**fields.pop("extra"), **fields}
+        fields = {
+            item.name: _plain(getattr(value, item.name))
+            for item in dataclasses.fields(value)
+            if item.name != "extra" and not _is_default(item, getattr(value, item.name))
+        }
+        return {**value.extra, **fields}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -302,9 +315,16 @@ def parse(data: bytes) -> Manifest:
     if len(data) > MANIFEST_MAX_BYTES:
         raise BundleError(f"the manifest has {len(data)} bytes, expected at most {MANIFEST_MAX_BYTES}")
     try:
-        value = json.loads(data.decode("utf-8"))
+        return _parse(data)
+    except BundleError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"the manifest is not JSON ({error}); package or push the model again") from None
+        # Not JSON at all, or what JSON can say and its canonical form cannot: NaN, half a surrogate, endless nesting.
+        raise BundleError(f"the manifest is not canonical JSON ({error}); package or push the model again") from None
+
+
+def _parse(data: bytes) -> Manifest:
+    value = json.loads(data.decode("utf-8"))
     _expect(isinstance(value, dict), "content", "an object", value)
     schema = count(value.get("schema"), "schema")
     if schema > SCHEMA:
@@ -329,3 +349,7 @@ def _check_references(manifest: Manifest) -> None:
         names = [spec.name for spec in specs]
         _expect(len(set(names)) == len(names) and bool(names), kind, "at least one, each name once", names)
     _expect(bool(manifest.artifact.requires), "artifact.requires", "at least one engine", [])
+    # A self-test that asks nothing or compares nothing would always pass.
+    golden, outputs = manifest.golden, [spec.name for spec in manifest.outputs]
+    _expect(golden.cases > 0, "golden.cases", "at least one", golden.cases)
+    _expect(sorted(golden.tolerance) == sorted(outputs), "golden.tolerance", "one for each output", [*golden.tolerance])

@@ -99,9 +99,10 @@ class Store:
         """One row a model: name, version, format, precision, digest, what a rollback goes to, bytes."""
         rows: List[Dict[str, object]] = []
         for name in self.names():
-            digests = self.history(name)
-            row: Dict[str, object] = {"name": name, "digest": digests[0], "previous": digests[1:]}
+            row: Dict[str, object] = {"name": name, "digest": "", "previous": []}
             try:
+                digests = self.history(name)
+                row.update(digest=digests[0], previous=digests[1:])
                 manifest = self._open_release(name, digests[0]).manifest
             except BundleError as error:
                 row["error"] = str(error)
@@ -178,7 +179,10 @@ class Store:
     def activate(self, name: str, digest: str) -> None:
         """Make a release the one in use. The step that a power cut leaves done or not done."""
         check_listing(self.release(name, digest), open_bundle(self.release(name, digest)).manifest)
-        older = [other for other in self.history(name) if other != digest]
+        try:
+            older = [other for other in self.history(name) if other != digest]
+        except BundleError:
+            older = []  # a damaged pointer is mended by pushing again, as its error says
         self._point(name, [digest, *older][:KEEP])
 
     def rollback(self, name: str) -> str:
@@ -197,19 +201,30 @@ class Store:
             self._remove(self.release(name, digest))
 
     def collect(self) -> int:
-        """Remove what nothing refers to: old releases, staging left behind, stamps. Returns the bytes freed."""
+        """Remove what nothing refers to: old releases, staging left behind, stamps. Returns the bytes freed.
+
+        Of a model whose pointer is damaged every release is kept: nobody knows which one it means.
+        """
         freed = 0
-        kept = {(name, digest) for name in self.names() for digest in self.history(name)}
+        kept = {(name, digest) for name in self.names() for digest in self._referred(name)}
         for path in sorted((self.root / "releases").glob("*/*")):
             if (path.parent.name, path.name) not in kept:
                 freed += self._remove(path)
         for path in sorted((self.root / "staging").glob("*")):
             freed += self._remove(path)
+        for path in sorted((self.root / "current").glob(".*")):
+            freed += self._remove(path)  # a pointer whose writer died before the rename
         digests = {digest for _, digest in kept}
         for path in sorted(self.cache.glob("*")):
             if path.name.split(".")[0] not in digests:
                 freed += self._remove(path)
         return freed
+
+    def _referred(self, name: str) -> List[str]:
+        try:
+            return self.history(name)
+        except BundleError:
+            return [path.name for path in (self.root / "releases" / name).glob("*")]
 
     def _point(self, name: str, digests: List[str]) -> None:
         folder = self.root / "current"
@@ -220,8 +235,11 @@ class Store:
     def _remove(self, path: Path) -> int:
         """Remove a file or folder below the store and return its bytes; a folder is renamed away first."""
         if not path.is_dir() or path.is_symlink():
-            size = path.lstat().st_size
-            path.unlink()
+            try:
+                size = path.lstat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                return 0  # a session that takes no lock renamed its stamp meanwhile
             return size
         doomed = self._doomed(path)
         size = sum(file.lstat().st_size for file in doomed.rglob("*") if file.is_file())

@@ -85,7 +85,8 @@ def _push_one(args: argparse.Namespace, bundle: Any, address: str) -> dict[str, 
 def show_push(answer: dict[str, Any]) -> None:
     for row in answer["devices"]:
         if row.get("error"):
-            print(f"edge-infer: {row['error']}", file=sys.stderr)
+            place = "" if row["error"].startswith(f"{row['address']}:") else f"{row['address']}: "
+            print(f"edge-infer: {place}{row['error']}", file=sys.stderr)
         elif answer["dry_run"]:
             print(f"{row['address']}: would")
             print("\n".join(f"  {step}" for step in row["steps"]))

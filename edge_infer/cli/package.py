@@ -143,7 +143,7 @@ def parse_input(text: str) -> TensorSpec:
     for size in dims.split(",") if dims else []:
         if size.strip() == "?":
             shape.append(None)
-        elif size.strip().isdigit() and int(size) > 0:
+        elif size.strip().isdecimal() and int(size) > 0:
             shape.append(int(size))
         else:
             raise UsageError(f"--input {text!r}: dimension {size!r}, expected a whole number of at least 1 or ?")

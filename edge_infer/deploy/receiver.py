@@ -141,8 +141,15 @@ class Receiver:
             "present": present,
             "have": have,
             "copies": [] if present else self._copies(have),
-            "current": self.store.history(name)[:1],
+            "current": self._history()[:1],
         }
+
+    def _history(self) -> List[str]:
+        """As the store has it; none when the pointer is damaged, which this push mends."""
+        try:
+            return self.store.history(self.bundle.name)
+        except BundleError:
+            return []
 
     def _staged(self) -> Dict[str, int]:
         """Bytes of each file that an interrupted push left."""
@@ -155,7 +162,7 @@ class Receiver:
         return [name for name, entry in files if have[name] < entry.size and self._same_file(entry.size, entry.sha256)]
 
     def _same_file(self, size: int, sha256: str) -> Optional[Path]:
-        for digest in self.store.history(self.bundle.name):
+        for digest in self._history():
             folder = self.store.release(self.bundle.name, digest)
             try:
                 files = parse((folder / MANIFEST_NAME).read_bytes()).files
@@ -216,7 +223,7 @@ class Receiver:
             raise
 
     def _still(self) -> str:
-        digests = self.store.history(self.bundle.name)
+        digests = self._history()
         return f"the release {digests[0][:12]} stays in use" if digests else "nothing was activated"
 
     def status(self, request: Mapping[str, Any]) -> Dict[str, Any]:

@@ -1,8 +1,13 @@
-"""Write ``.npz`` files. ``numpy.savez`` takes names as keywords, so an array named ``file`` cannot be stored by it."""
+"""Read and write ``.npz`` files.
+
+``numpy.savez`` takes names as keywords, so an array named ``file`` cannot be stored by it; ``numpy.load`` takes other
+files than archives and fails in a dozen ways on a damaged one.
+"""
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,3 +22,18 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
             # ZipInfo's own time is the fixed 1980-01-01.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an archive. Raises FileNotFoundError, or ValueError when it is no archive of plain arrays."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("one array without a name")
+        with loaded as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise
+    # The last two: compressed in a way this Python does not know, encrypted.
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ValueError(str(error)) from None

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_infer import __version__
 from edge_infer.admission import describe
 from edge_infer.errors import EXIT_DONE, EXIT_UNEXPECTED, EdgeInferError
-
-Printer = Callable[[dict[str, Any]], None]
 
 
 def add_commands(commands: Any, info_name: str = "info") -> None:
@@ -57,7 +55,10 @@ def print_plain(answer: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{key}")
             print_plain(value, indent + "  ")
         elif isinstance(value, (list, tuple)):
-            print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
+            if any(" " in str(item) for item in value[1:]):  # sentences: one a line
+                print("\n".join([f"{indent}{key}", *(f"{indent}  {item}" for item in value)]))
+            else:
+                print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
         else:
             print(f"{indent}{key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import statistics
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from edge_infer import bundle as bundles
 from edge_infer.errors import InputError, UsageError
 from edge_infer.runtime import memory
-from edge_infer.runtime.arrays import write_npz
+from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import check_model, engine_module
 from edge_infer.runtime.golden import read_golden, self_test
 from edge_infer.runtime.session import Session, find_bundle, load
@@ -77,27 +76,37 @@ def run(source: Source, inputs: Path | None, output: Path | None) -> dict[str, A
         arrays = read_arrays(inputs, session) if inputs else read_golden(session.bundle)[0][0]
         answers = session.run(arrays)
     if output:
-        write_npz(output, answers)
+        _write_aside(output, answers)
     return {
         name: {"dtype": str(array.dtype), "shape": list(array.shape), "first": array.ravel()[:8].tolist()}
         for name, array in answers.items()
     }
 
 
+def _write_aside(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write an npz file beside its place and rename it, so that a half-written one never shows."""
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} to store the answers in")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_npz(aside, arrays)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def read_arrays(path: Path, session: Session) -> Mapping[str, np.ndarray[Any, Any]]:
     """The session's inputs from an npz file that may hold more. Raises UsageError, InputError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            absent = [spec.name for spec in session.inputs if spec.name not in arrays]
-            if absent:
-                raise InputError(f"{path} holds {sorted(arrays)}, expected an array {absent[0]!r}")
-            return {spec.name: arrays[spec.name] for spec in session.inputs}
+        arrays = read_npz(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, UsageError):
-            raise
+    except ValueError as error:
         raise UsageError(f"{path} is not an npz file of plain arrays ({error})") from None
+    absent = [spec.name for spec in session.inputs if spec.name not in arrays]
+    if absent:
+        raise InputError(f"{path} holds {sorted(arrays)}, expected an array {absent[0]!r}")
+    return {spec.name: arrays[spec.name] for spec in session.inputs}
 
 
 def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from edge_infer.bundle import Bundle
 from edge_infer.errors import BundleError, SelfTestFailed
 from edge_infer.manifest import TensorSpec
-from edge_infer.runtime.arrays import write_npz
+from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.session import Session
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -35,15 +34,15 @@ def read_golden(bundle: Bundle) -> list[Case]:
     manifest = bundle.manifest
     path = bundle.file(manifest.golden.file)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return [
-                (
-                    {spec.name: arrays[f"in.{index}.{number}"] for index, spec in enumerate(manifest.inputs)},
-                    {spec.name: arrays[f"out.{index}.{number}"] for index, spec in enumerate(manifest.outputs)},
-                )
-                for number in range(manifest.golden.cases)
-            ]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path)
+        return [
+            (
+                {spec.name: arrays[f"in.{index}.{number}"] for index, spec in enumerate(manifest.inputs)},
+                {spec.name: arrays[f"out.{index}.{number}"] for index, spec in enumerate(manifest.outputs)},
+            )
+            for number in range(manifest.golden.cases)
+        ]
+    except (OSError, ValueError, KeyError) as error:
         raise BundleError(
             f"{path} does not hold the golden cases its manifest lists ({error}); package again"
         ) from None

@@ -52,6 +52,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)
+        if tag >> 32:
+            # Some protobuf readers drop these bits and would then see another field than this one.
+            raise BundleError(f"the ONNX model has the field number {tag >> 3}; it is damaged or no ONNX model")
         wire = tag & 7
         if wire == 0:
             _, position = _varint(data, position)

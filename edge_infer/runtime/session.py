@@ -13,7 +13,7 @@ import numpy as np
 from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
-from edge_infer.manifest import TensorSpec
+from edge_infer.manifest import PROVIDERS, TensorSpec
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
 from edge_infer.runtime.threads import default_threads
 from edge_infer.store import Store, default_root, is_model_name, store_of
@@ -43,6 +43,8 @@ def load(
     bundle = find_bundle(source)
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads={threads!r}, expected a whole number of at least 1 or None")
+    if providers is not None and (isinstance(providers, str) or not set(providers) <= set(PROVIDERS)):
+        raise UsageError(f"providers={providers!r}, expected a tuple of {', '.join(PROVIDERS)} or None")
     cache = Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
     bundles.verify(bundle, verify, cache, check_model)
     return Session(bundle, open_engine(bundle, EngineOptions(threads or default_threads(), providers)))
@@ -76,7 +78,12 @@ class Session:
         Raises InputError (before the engine sees anything), SessionClosed, EngineError, OutOfMemory.
         """
         engine = self._open_engine()
-        results = engine.run(self._checked(inputs))
+        arrays = self._checked(inputs)
+        try:
+            results = engine.run(arrays)
+        except Exception:
+            self._open_engine()  # another thread may have closed the session meanwhile; then that is the error
+            raise
         return {spec.name: result for spec, result in zip(self.outputs, results)}
 
     def __call__(self, array: Array) -> Array:
@@ -108,14 +115,18 @@ class Session:
         return self._engine
 
     def _checked(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """The arrays in the model's order, each checked and made contiguous."""
+        """The arrays in the model's order, each checked and made contiguous and aligned."""
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"the inputs are a {type(inputs).__name__}, expected arrays by name: {sorted(self._names)}"
+            )
         if inputs.keys() != self._names:
-            raise InputError(f"inputs named {sorted(inputs)}, expected {sorted(self._names)}")
+            raise InputError(f"inputs named {sorted(map(str, inputs))}, expected {sorted(self._names)}")
         arrays = []
         for spec, dtype in zip(self.inputs, self._dtypes):
             array = inputs[spec.name]
             check_array(spec, dtype, array)
-            arrays.append(array if array.flags.c_contiguous else np.ascontiguousarray(array))
+            arrays.append(array if array.flags.c_contiguous and array.flags.aligned else array.copy())
         return arrays
 
     @property

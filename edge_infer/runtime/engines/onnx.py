@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from edge_infer.runtime.onnx_files import external_locations
 if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
 
-PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -42,9 +40,12 @@ def import_engine(bundle: Bundle) -> Any:
 
 def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
     onnxruntime = import_engine(bundle)
-    package, version = _installed(onnxruntime.__version__)
+    version = onnxruntime.__version__
+    available = onnxruntime.get_available_providers()
+    # Told by what it can do: asking importlib.metadata takes longer than opening a model.
+    package = "onnxruntime-gpu" if PROVIDERS["cuda"] in available else "onnxruntime"
     require_version(bundle, package, version)
-    providers, notes = _providers(bundle, options, onnxruntime.get_available_providers())
+    providers, notes = _providers(bundle, options, available)
     session = onnxruntime.InferenceSession(
         str(bundle.file(bundle.manifest.artifact.model)), session_options(bundle, options.threads), providers=providers
     )
@@ -66,15 +67,6 @@ def session_options(bundle: Bundle, threads: int) -> Any:
         # Repacked weights would live on the heap, a private copy in every process.
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
-
-
-def _installed(version: str) -> tuple[str, str]:
-    for package in PACKAGES:
-        try:
-            return package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return PACKAGES[0], version  # built from source, as on some boards
 
 
 def _providers(bundle: Bundle, options: EngineOptions, available: list[str]) -> tuple[list[str], tuple[str, ...]]:

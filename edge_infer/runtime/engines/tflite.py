@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_infer.errors import EngineError
+from edge_infer.errors import EngineError, InputError
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
 
 if TYPE_CHECKING:
@@ -22,8 +21,10 @@ PACKAGES = (("ai-edge-litert", "ai_edge_litert.interpreter"), ("tflite-runtime",
 
 def open_model(bundle: Bundle, options: EngineOptions) -> TFLiteEngine:
     package, module = import_engine(bundle)
-    version = importlib.metadata.version(package)
+    version = _version(package, module)
     require_version(bundle, package, version)
+    if options.providers and "cpu" not in options.providers:
+        raise EngineError(f"{package} runs on the CPU only; leave the choice to the bundle or allow 'cpu' as well")
     # The file is mapped by its path, and unlike CompiledModel.from_file the interpreter verifies the flatbuffer.
     interpreter = module.Interpreter(
         model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
@@ -42,6 +43,16 @@ def import_engine(bundle: Bundle) -> tuple[str, Any]:
     raise missing(bundle, ImportError("; ".join(reasons)))
 
 
+def _version(package: str, module: Any) -> str:
+    """The package's own word; importlib.metadata would know as well, but its import takes longer than a load."""
+    version = getattr(importlib.import_module(module.__name__.split(".")[0]), "__version__", None)
+    if version is None:
+        from importlib.metadata import version as installed
+
+        version = installed(package)
+    return str(version)
+
+
 class TFLiteEngine:
     """One interpreter behind a lock: it is not made for several threads at once."""
 
@@ -56,6 +67,9 @@ class TFLiteEngine:
         self._shapes: list[tuple[int, ...]] | None = None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        if any(array.size == 0 for array in arrays):
+            # The XNNPACK delegate then computes shapes from memory that nobody wrote: it fails by chance.
+            raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
         with self._lock:
             try:
                 self._resize([array.shape for array in arrays])

@@ -48,13 +48,11 @@ def _device(bundle: Bundle, options: EngineOptions) -> tuple[str, tuple[str, ...
     import torch
 
     wanted = options.providers or bundle.manifest.artifact.providers
-    if "cuda" not in wanted:
-        return "cpu", ()
-    if torch.cuda.is_available():
+    if "cuda" in wanted and torch.cuda.is_available():
         return "cuda", ()
     if options.providers and "cpu" not in options.providers:
         raise EngineError("this torch sees no CUDA device; leave the choice to the bundle or allow 'cpu' as well")
-    return "cpu", ("no cuda here",)
+    return "cpu", ("no cuda here",) if "cuda" in wanted else ()
 
 
 def load_mapped(bundle: Bundle) -> Any:
@@ -112,7 +110,8 @@ class TorchScriptEngine:
 
         try:
             with torch.inference_mode():
-                tensors = [torch.from_numpy(array).to(self.info.provider) for array in arrays]
+                # Copied, because a module may work in place and the array is the caller's, perhaps read-only.
+                tensors = [torch.from_numpy(array.copy()).to(self.info.provider) for array in arrays]
                 results = self._module(*tensors)
                 # An output may be a view of an input or of a weight: what is returned belongs to the caller.
                 return [result.detach().cpu().clone().numpy() for result in results]

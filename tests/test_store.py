@@ -1,0 +1,495 @@
+"""The device's releases: what is in use after pushes, rollbacks, crashes and damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from handmade import FILES, make_bundle
+
+from edge_infer.bundle import Bundle
+from edge_infer.errors import BundleError, DeviceError, ReleaseNotFound, UsageError
+from edge_infer.manifest import MANIFEST_NAME
+from edge_infer.store import Store, default_root, is_model_name, store_of
+
+Make = Callable[..., Bundle]
+ABSENT = "0" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "device" / "store")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """``make(number, name="tiny")``: bundles that differ."""
+
+    def make(number: int, name: str = "tiny") -> Bundle:
+        path = tmp_path / f"{name}-{number}.edge"
+        return make_bundle(path, {**FILES, "labels.txt": b"%d" % number}, name=name, version=str(number))
+
+    return make
+
+
+def admit(store: Store, bundle: Bundle) -> str:
+    """What a push does before the self-test; gives the digest."""
+    staged = store.staging(bundle.digest)
+    shutil.copytree(bundle.path, staged, dirs_exist_ok=True)
+    assert store.admit(staged, bundle.manifest.name, bundle.digest).digest == bundle.digest
+    return bundle.digest
+
+
+def push(store: Store, bundle: Bundle) -> str:
+    with store.lock():
+        digest = admit(store, bundle)
+        store.activate(bundle.manifest.name, digest)
+        store.collect()
+    return digest
+
+
+def releases(store: Store) -> set[str]:
+    return {path.name for path in store.root.glob("releases/*/*")}
+
+
+def spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+# -- the ordinary way --------------------------------------------------------------------------------------------
+
+
+def test_an_empty_store_says_so(store: Store) -> None:
+    assert (store.names(), store.status(), store.history("tiny")) == ([], [], [])
+    with pytest.raises(ReleaseNotFound, match=r"no model 'tiny' .* \(it holds: none\); push it first"):
+        store.open_current("tiny")
+    assert not store.root.exists()
+
+
+def test_a_release_is_used_once_it_is_activated(store: Store, make: Make) -> None:
+    bundle = make(1)
+    digest = admit(store, bundle)
+    assert store.names() == []
+    store.activate("tiny", digest)
+    assert store.open_current("tiny").digest == digest
+    assert store.open_current("tiny").path == store.root / "releases" / "tiny" / digest
+    assert (store.root / "current" / "tiny").read_text() == digest + "\n"
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_status_has_one_row_a_model(store: Store, make: Make) -> None:
+    one, two, other = push(store, make(1)), push(store, make(2)), push(store, make(1, "another"))
+    assert [(row["name"], row["digest"], row["previous"], row["version"]) for row in store.status()] == [
+        ("another", other, [], "1"),
+        ("tiny", two, [one], "2"),
+    ]
+    assert store.status()[0]["size"] == make(3, "another").manifest.size
+    json.dumps(store.status())
+
+
+def test_the_release_in_use_and_the_one_before_are_kept(store: Store, make: Make) -> None:
+    digests = [push(store, make(number)) for number in range(4)]
+    assert store.history("tiny") == [digests[3], digests[2]]
+    assert releases(store) == {digests[3], digests[2]}
+
+
+def test_activating_the_release_in_use_again_keeps_the_one_before(store: Store, make: Make) -> None:
+    one, two = push(store, make(1)), push(store, make(2))
+    store.activate("tiny", two)
+    assert store.history("tiny") == [two, one]
+
+
+def test_activating_the_release_before_swaps_the_two(store: Store, make: Make) -> None:
+    one, two = push(store, make(1)), push(store, make(2))
+    store.activate("tiny", one)
+    assert store.history("tiny") == [one, two]
+
+
+def test_a_release_that_is_not_there_cannot_be_activated(store: Store, make: Make) -> None:
+    one = push(store, make(1))
+    with pytest.raises(UsageError):
+        store.activate("tiny", ABSENT)
+    assert store.history("tiny") == [one]
+
+
+def test_an_incomplete_release_cannot_be_activated(store: Store, make: Make) -> None:
+    one, two = push(store, make(1)), admit(store, make(2))
+    (store.release("tiny", two) / "labels.txt").unlink()
+    with pytest.raises(BundleError, match=r"lacks 'labels\.txt'"):
+        store.activate("tiny", two)
+    assert store.history("tiny") == [one]
+
+
+def test_rollback_goes_back_once(store: Store, make: Make) -> None:
+    one = push(store, make(1))
+    push(store, make(2))
+    assert store.rollback("tiny") == one
+    assert store.open_current("tiny").digest == one
+    with pytest.raises(ReleaseNotFound, match="has only the release in use"):
+        store.rollback("tiny")
+    assert store.history("tiny") == [one]
+
+
+def test_rollback_of_an_unknown_model_is_refused(store: Store) -> None:
+    with pytest.raises(ReleaseNotFound, match="'tiny' is not in this store"):
+        store.rollback("tiny")
+
+
+def test_rollback_to_a_damaged_release_is_refused(store: Store, make: Make) -> None:
+    one, two = push(store, make(1)), push(store, make(2))
+    spoil(store.release("tiny", one) / "model.tflite")
+    with pytest.raises(BundleError, match="damaged"):
+        store.rollback("tiny")
+    assert store.history("tiny") == [two, one]
+
+
+def test_a_push_after_a_rollback_drops_the_release_rolled_back(store: Store, make: Make) -> None:
+    one = push(store, make(1))
+    push(store, make(2))
+    store.rollback("tiny")
+    three = push(store, make(3))
+    assert store.history("tiny") == [three, one]
+    assert releases(store) == {one, three}
+
+
+@pytest.mark.parametrize("field", ["name", "digest"])
+def test_a_staged_bundle_that_is_another_is_not_admitted(store: Store, make: Make, field: str) -> None:
+    bundle = make(1)
+    staged = store.staging(bundle.digest)
+    shutil.copytree(bundle.path, staged, dirs_exist_ok=True)
+    wanted = {"name": "tiny", "digest": bundle.digest, field: ABSENT}
+    with pytest.raises(BundleError, match="expected"):
+        store.admit(staged, **wanted)
+    assert releases(store) == set()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_staged_bundle_is_not_admitted(store: Store, make: Make, name: str) -> None:
+    bundle = make(1)
+    staged = store.staging(bundle.digest)
+    shutil.copytree(bundle.path, staged, dirs_exist_ok=True)
+    spoil(staged / name)
+    with pytest.raises(BundleError, match=name):
+        store.admit(staged, "tiny", bundle.digest)
+    assert releases(store) == set()
+
+
+def test_admitting_again_mends_a_damaged_release(store: Store, make: Make) -> None:
+    bundle = make(1)
+    digest = push(store, bundle)
+    assert store.has("tiny", digest)
+    spoil(store.release("tiny", digest) / "model.tflite")
+    assert not store.has("tiny", digest)
+    admit(store, bundle)
+    assert store.has("tiny", digest)
+    assert not store.has("tiny", ABSENT)
+    assert not store.has("other", digest)
+
+
+def test_discard_removes_only_what_is_not_in_use(store: Store, make: Make) -> None:
+    one, two, three = push(store, make(1)), push(store, make(2)), admit(store, make(3))
+    for digest in (one, two, three, ABSENT):
+        store.discard("tiny", digest)
+    assert releases(store) == {one, two}
+
+
+def test_collect_removes_what_nothing_refers_to_and_nothing_else(store: Store, make: Make) -> None:
+    one, two, unused = push(store, make(1)), push(store, make(2)), admit(store, make(3))
+    bundle = make(4)
+    shutil.copytree(bundle.path, store.staging(bundle.digest), dirs_exist_ok=True)
+    store.cache.mkdir()
+    for name in (f"{one}.verified", f"{two}.verified", f"{unused}.verified", f".{two}.verified.half"):
+        (store.cache / name).write_bytes(b"12345")
+    (store.root / "current" / ".tiny.half").write_bytes(b"123")
+    (store.root / "venv").mkdir()
+    size = sum(file.stat().st_size for file in store.release("tiny", unused).iterdir())
+    assert store.collect() == 2 * size + 10 + 3
+    assert releases(store) == {one, two}
+    assert {path.name for path in store.cache.iterdir()} == {f"{one}.verified", f"{two}.verified"}
+    assert [path.name for path in (store.root / "current").iterdir()] == ["tiny"]
+    assert list((store.root / "staging").iterdir()) == []
+    assert (store.root / "venv").is_dir()
+    assert store.collect() == 0
+
+
+def test_the_same_bundle_may_serve_two_names_apart(store: Store, make: Make) -> None:
+    push(store, make(1))
+    other = push(store, make(1, "another"))
+    push(store, make(2))
+    push(store, make(3))
+    assert store.open_current("another").digest == other
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def half_a_digest(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:30])
+
+
+def path_trick(path: Path) -> None:
+    path.write_bytes(b"../../../etc\n")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(bytes(range(256)))
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [empty, half_a_digest, path_trick, binary])
+def test_a_damaged_pointer_is_named_and_mended_by_a_push(
+    store: Store, make: Make, damage: Callable[[Path], None]
+) -> None:
+    one = push(store, make(1))
+    other = push(store, make(1, "another"))
+    damage(store.root / "current" / "tiny")
+    for use in (store.history, store.open_current, store.rollback):
+        with pytest.raises(BundleError, match=r"current/tiny .* push the model again"):
+            use("tiny")
+    rows = store.status()
+    assert [(row["name"], row["digest"], "error" in row) for row in rows] == [
+        ("another", other, False),
+        ("tiny", "", True),
+    ]
+    store.collect()
+    assert releases(store) == {one, other}  # nobody knows whether it was in use
+    two = push(store, make(2))
+    assert store.history("tiny") == [two]
+
+
+def test_a_pointer_that_is_a_folder_is_refused(store: Store, make: Make) -> None:
+    push(store, make(1))
+    folder(store.root / "current" / "tiny")
+    with pytest.raises(BundleError, match="cannot be read"):
+        store.open_current("tiny")
+
+
+def test_a_release_that_is_gone_is_named(store: Store, make: Make) -> None:
+    digest = push(store, make(1))
+    shutil.rmtree(store.release("tiny", digest))
+    with pytest.raises(BundleError, match="is gone though it is in use; push the model again"):
+        store.open_current("tiny")
+    assert "gone" in str(store.status()[0]["error"])
+
+
+def test_a_release_with_a_lost_manifest_is_refused(store: Store, make: Make) -> None:
+    digest = push(store, make(1))
+    (store.release("tiny", digest) / MANIFEST_NAME).unlink()
+    with pytest.raises(BundleError, match=MANIFEST_NAME):
+        store.open_current("tiny")
+    assert "error" in store.status()[0]
+
+
+def test_a_release_that_is_another_bundle_is_refused(store: Store, make: Make) -> None:
+    digest, other = push(store, make(1)), make(2)
+    shutil.rmtree(store.release("tiny", digest))
+    shutil.copytree(other.path, store.release("tiny", digest))
+    with pytest.raises(BundleError, match=f"holds the bundle {other.digest[:12]}, expected {digest[:12]}"):
+        store.open_current("tiny")
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "Tiny-2.0", "_x", "a+b", "x" * 100])
+def test_model_names(name: str) -> None:
+    assert is_model_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".x", "-x", "a b", "a\n", "a\0", "x" * 101, "a.edge"])
+def test_what_is_no_model_name(store: Store, name: str) -> None:
+    assert not is_model_name(name)
+    for use in (store.history, store.open_current, store.rollback):
+        with pytest.raises(UsageError, match="is not a model name"):
+            use(name)
+
+
+def test_the_root_comes_from_the_environment_or_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGE_INFER_HOME", str(tmp_path / "own"))
+    assert default_root() == tmp_path / "own"
+    monkeypatch.setenv("EDGE_INFER_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_root() == tmp_path / ".edge-infer"
+
+
+def test_a_release_knows_its_store(store: Store, make: Make, tmp_path: Path) -> None:
+    bundle = make(1)
+    push(store, bundle)
+    owner = store_of(store.open_current("tiny").path)
+    assert owner is not None
+    assert owner.root == store.root.resolve()
+    assert store_of(bundle.path) is None
+    assert store_of(tmp_path / "other" / "tiny" / bundle.digest) is None
+
+
+# -- several processes -------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from edge_infer.store import Store
+with Store(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_lock_is_held_by_one_process_and_free_when_it_dies(store: Store) -> None:
+    command = [sys.executable, "-c", HOLD, str(store.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        with pytest.raises(DeviceError, match="is busy with another push"), store.lock():
+            pass
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    with store.lock():
+        pass
+
+
+def test_the_lock_is_free_after_an_error_and_not_before(store: Store) -> None:
+    with pytest.raises(KeyError), store.lock():
+        with pytest.raises(DeviceError), store.lock():
+            pass
+        raise KeyError
+    with store.lock():
+        pass
+
+
+def test_open_current_follows_a_push_that_collects_the_release_it_looks_for(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = push(store, make(1))
+    real, opened = store._open_release, []
+
+    def open_late(name: str, digest: str) -> Bundle:
+        opened.append(digest)
+        if len(opened) == 1:  # between the look at the pointer and the look at the release
+            push(Store(store.root), make(2))
+            push(Store(store.root), make(3))
+        return real(name, digest)
+
+    monkeypatch.setattr(store, "_open_release", open_late)
+    current = store.open_current("tiny")
+    assert opened == [one, current.digest]
+    assert current.manifest.version == "3"
+
+
+READ = """
+import sys
+from pathlib import Path
+from edge_infer.store import Store
+store, seen = Store(Path(sys.argv[1])), set()
+print("ready", flush=True)
+while "9" not in seen:
+    seen.add(store.open_current("tiny").manifest.version)
+print(len(seen))
+"""
+
+
+def test_a_reader_never_sees_a_store_without_its_model(store: Store, make: Make) -> None:
+    push(store, make(0))
+    command = [sys.executable, "-c", READ, str(store.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/") as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        for number in range(1, 10):
+            push(store, make(number))
+        assert int(child.stdout.read()) >= 1
+    assert child.returncode == 0
+
+
+# -- power cuts --------------------------------------------------------------------------------------------------
+
+#: Runs one change of the store and dies at the N-th call that touches what is durable, before or after it.
+CRASH = """
+import json, os, shutil, sys
+from pathlib import Path
+from edge_infer.store import Store
+
+root, what, number, moment, digest, source = sys.argv[1:]
+calls = 0
+
+def dying(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == int(number) and moment == "before":
+            os._exit(9)
+        result = function(*arguments, **options)
+        if calls == int(number):
+            os._exit(9)
+        return result
+    return call
+
+for name in ("replace", "rename", "fsync", "unlink", "rmdir"):
+    setattr(os, name, dying(getattr(os, name)))
+store = Store(Path(root))
+with store.lock():
+    if what == "rollback":
+        store.rollback("tiny")
+    if what == "push":
+        staged = store.staging(digest)
+        shutil.copytree(source, staged, dirs_exist_ok=True)
+        store.admit(staged, "tiny", digest)
+        store.activate("tiny", digest)
+        store.collect()
+"""
+
+
+def crash(store: Store, what: str, number: int, moment: str, bundle: Bundle) -> bool:
+    """Whether the child died at that step; False when the change has fewer steps."""
+    arguments = [str(store.root), what, str(number), moment, bundle.digest, str(bundle.path)]
+    done = subprocess.run([sys.executable, "-S", "-c", CRASH, *arguments], cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode in (0, 9)
+    return done.returncode == 9
+
+
+def copy_of(store: Store, path: Path) -> Store:
+    shutil.copytree(store.root, path)
+    return Store(path)
+
+
+@pytest.mark.parametrize("what", ["push", "rollback"])
+def test_a_power_cut_at_any_step_leaves_the_old_or_the_new_model(
+    store: Store, make: Make, tmp_path: Path, what: str
+) -> None:
+    one, two, bundle = push(store, make(1)), push(store, make(2)), make(3)
+    old, new = two, bundle.digest if what == "push" else one
+    found: list[str] = []
+    for number in range(1, 100):
+        after = []
+        for moment in ("before", "after"):
+            cut = copy_of(store, tmp_path / f"{moment}-{number}")
+            died = crash(cut, what, number, moment, bundle)
+            after.append(cut.open_current("tiny").digest)
+            # The store goes on from there: what was begun can be done again, and nothing stays behind.
+            push(cut, bundle)
+            assert cut.open_current("tiny").digest == bundle.digest
+            assert releases(cut) == set(cut.history("tiny"))
+            assert os.listdir(cut.root / "current") == ["tiny"]
+            assert os.listdir(cut.root / "staging") == []
+        found += after
+        if not died:
+            break
+    assert set(found) == {old, new}
+    # Once the new one shows it stays.
+    assert found == sorted(found, key=[old, new].index)
+    assert len(found) >= 2 * (20 if what == "push" else 4)
