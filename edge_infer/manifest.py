@@ -298,7 +298,7 @@ def _plain(value: Any) -> Any:
             for item in dataclasses.fields(value)
             if item.name != "extra" and not _is_default(item, getattr(value, item.name))
         }
-        return {**value.extra, **fields}
+        return {**cast(Any, value).extra, **fields}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):

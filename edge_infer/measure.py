@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_infer import admission, probe, worker
 from edge_infer.bundle import Bundle
-from edge_infer.errors import ParityError
+from edge_infer.errors import ConversionError, ParityError
 from edge_infer.manifest import Check
 from edge_infer.runtime.session import load
 
@@ -53,7 +53,13 @@ TOLERANCES = {
 def answers(bundle: Bundle, feeds: Path, work: Path, log: Path) -> list[Feed]:
     """Run the bundle on all feeds in a child process. Raises what the runtime raises."""
     out = work / "answers.npz"
-    worker.run("edge_infer.measure:answer", {"bundle": str(bundle.path), "feeds": str(feeds), "out": str(out)}, log)
+    try:
+        worker.run("edge_infer.measure:answer", {"bundle": str(bundle.path), "feeds": str(feeds), "out": str(out)}, log)
+    except ConversionError as error:  # the child crashed: nothing that the runtime raises is one
+        artifact = bundle.manifest.artifact
+        raise ConversionError(
+            f"the engine itself fails on the {artifact.format} {artifact.precision} artifact: {error}", error.log
+        ) from None
     return probe.load_feeds(out)
 
 

@@ -360,6 +360,8 @@ def _check_memory(measured: dict[str, Any], target: TargetProfile) -> None:
 
 def _nothing_fits(target: TargetProfile, dropped: Sequence[Candidate]) -> EdgeInferError:
     """The error for a plan of which nothing was left: a limit when one was the reason, else the conversions."""
+    if len({str(item.error) for item in dropped}) == 1 and dropped[0].error:
+        return dropped[0].error  # the source cannot even be read
     reasons = "; ".join(f"{item.format} {item.precision}: {item.error}" for item in dropped)
     limited = any(isinstance(item.error, LimitError) for item in dropped)
     if limited:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_infer.manifest import TensorSpec
+from edge_infer.errors import ConversionError
+from edge_infer.manifest import DTYPES, TensorSpec
 from edge_infer.quantize.calibration import Calibration
 from edge_infer.runtime.arrays import write_npz
 
@@ -24,6 +25,8 @@ SEED = 20
 CALIBRATED_CASES, NOISE_CASES = 32, 8
 #: Sizes that a dynamic dimension takes in turn: the first axis (a batch), and any other (length, height, width).
 BATCHES, LENGTHS = (1, 2, 3), (32, 64)
+#: What a dynamic dimension is multiplied by that calibration data has in one size only; the first that works.
+STRETCHES = (2.0, 0.5)
 
 
 def make_feeds(inputs: Sequence[TensorSpec], calibration: Path | None) -> list[Feed]:
@@ -48,9 +51,33 @@ def _shape(spec: TensorSpec, case: int) -> tuple[int, ...]:
 def _draw(dtype: np.dtype[Any], shape: tuple[int, ...], case: int, rng: np.random.Generator) -> Array:
     """Noise of the usual ranges of inputs. Integers are 0 or 1: safe as indices into any table."""
     if dtype.kind != "f":
-        return rng.integers(0, 2, shape).astype(dtype)
+        return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
     kinds = (rng.standard_normal(shape), rng.random(shape), 3 * rng.standard_normal(shape), 2 * rng.random(shape) - 1)
     return np.asarray(kinds[case % len(kinds)]).astype(dtype)
+
+
+def stretched(inputs: Sequence[TensorSpec], feeds: Sequence[Feed], factor: float) -> list[Feed]:
+    """The first feeds again with dynamic dimensions in a size that no feed has: values are repeated, or cut off.
+
+    Without them an artifact that fixed such a dimension would pass every check.
+    """
+    axes = {
+        spec.name: [
+            axis
+            for axis, size in enumerate(spec.shape)
+            if size is None and len({feed[spec.name].shape[axis] for feed in feeds}) == 1
+        ]
+        for spec in inputs
+    }
+    if not any(axes.values()):
+        return []
+    return [{name: _resized(array, axes[name], factor) for name, array in feed.items()} for feed in feeds[:2]]
+
+
+def _resized(array: Array, axes: Sequence[int], factor: float) -> Array:
+    for axis in axes:
+        array = np.take(array, range(max(1, int(array.shape[axis] * factor))), axis=axis, mode="wrap")
+    return array
 
 
 def observed_specs(names: Sequence[str], answers: Sequence[Feed]) -> list[TensorSpec]:
@@ -58,8 +85,13 @@ def observed_specs(names: Sequence[str], answers: Sequence[Feed]) -> list[Tensor
     specs = []
     for name in names:
         shapes = [answer[name].shape for answer in answers]
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ConversionError(f"output {name!r} has another number of dimensions for other inputs; fix the inputs")
         shape = tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
-        specs.append(TensorSpec(name, str(answers[0][name].dtype), shape))
+        dtype = str(answers[0][name].dtype)
+        if dtype not in DTYPES:
+            raise ConversionError(f"output {name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        specs.append(TensorSpec(name, dtype, shape))
     return specs
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import tomllib
 
+from edge_infer import quantize
 from edge_infer.errors import UsageError
-from edge_infer.manifest import FORMATS, PRECISIONS, TargetFacts
+from edge_infer.manifest import FORMATS, PLAIN_NAME, PRECISIONS, PROVIDERS, TargetFacts
 
 #: Inside the wheel the profiles lie in the package, in a checkout beside it.
 FOLDERS = (Path(__file__).parent / "targets", Path(__file__).parent.parent / "targets")
-PROVIDERS = ("tensorrt", "cuda", "cpu")
+VERSION = re.compile(r"\d+(\.\d+)*\Z")
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,34 @@ def _check(profile: TargetProfile, path: Path) -> None:
     page = profile.page_size_bytes
     if page < 4096 or page & (page - 1):
         raise UsageError(f"{path}: page_size_bytes is {page}, expected a power of two of at least 4096")
+    for name in ("cores", "ram_bytes", "storage_bytes"):
+        if getattr(profile, name) < 1:
+            raise UsageError(f"{path}: {name} is {getattr(profile, name)}, expected at least 1")
+    if not PLAIN_NAME.match(profile.name):
+        raise UsageError(f"{path}: name is {profile.name!r}, expected letters, digits and ._+- only")
+    if not VERSION.match(profile.python):
+        raise UsageError(f"{path}: python is {profile.python!r}, expected a version such as 3.11")
+    formats = [engine.format for engine in profile.engines]
     for engine in profile.engines:
-        for kind, values, known in (
-            ("format", (engine.format,), FORMATS),
-            ("provider", engine.providers, PROVIDERS),
-            ("precision", engine.precisions, PRECISIONS),
-        ):
-            for value in values:
-                if value not in known:
-                    raise UsageError(f"{path}: {kind} {value!r} is not known, expected one of {', '.join(known)}")
+        _check_engine(engine, path)
+        if formats.count(engine.format) > 1:
+            raise UsageError(f"{path} lists {engine.format} twice, expected one engine for each format")
+
+
+def _check_engine(engine: EngineProfile, path: Path) -> None:
+    for kind, values, known in (
+        ("format", (engine.format,), FORMATS),
+        ("provider", engine.providers, PROVIDERS),
+        ("precision", engine.precisions, PRECISIONS),
+    ):
+        if not values:
+            raise UsageError(f"{path}: the {engine.format} engine has no {kind}s, expected at least one")
+        for value in values:
+            if value not in known:
+                raise UsageError(f"{path}: {kind} {value!r} is not known, expected one of {', '.join(known)}")
+    built = quantize.PRECISIONS[engine.format]
+    for value in engine.precisions:
+        if value not in built:
+            raise UsageError(f"{path}: {engine.format} has no {value}, expected one of {', '.join(built)}")
+    if not VERSION.match(engine.version):
+        raise UsageError(f"{path}: {engine.format} has version {engine.version!r}, expected one such as 1.20.1")

@@ -40,7 +40,7 @@ def run(call: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_environment(),
+                env=_environment(folder),
                 check=False,
             )
         if not answer_file.is_file():
@@ -54,9 +54,12 @@ def run(call: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
     raise error
 
 
-def _environment() -> dict[str, str]:
-    """The parent's import path goes along, so that both run the same edge_infer and find the same factory."""
-    return {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+def _environment(folder: str) -> dict[str, str]:
+    """The parent's import path goes along, so that both run the same edge_infer and find the same factory.
+
+    What the frameworks leave in the temporary folder goes with ``folder``.
+    """
+    return {**os.environ, **QUIET, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def _death(status: int) -> str:

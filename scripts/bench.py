@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """edge_infer beside the plain engine API: import, load, first inference, latency, memory.
 
-    python scripts/bench.py [--runs 7] [--threads 2] [--cases digits-onnx-int8 ...] [--json FILE]
+    python scripts/bench.py [--runs 7] [--threads 2] [--cases digits-onnx-int8 ...] [--json FILE] [--docs]
 
 Each figure is the median over runs. Every run is a fresh child process, and the two ways take turns, so that a
 machine that slows down slows both. The page cache is warm and the bundle was opened before (second and later
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -145,6 +146,13 @@ def plain_tflite(path: Path, threads: int) -> tuple[Callable[[], Any], Callable[
     return load, caller
 
 
+def resize(interpreter: Any, array: Any) -> None:
+    details = interpreter.get_input_details()[0]
+    if list(details["shape"]) != list(array.shape):
+        interpreter.resize_tensor_input(details["index"], array.shape)
+        interpreter.allocate_tensors()
+
+
 def plain_onnx(path: Path, threads: int) -> tuple[Callable[[], Any], Callable[[Any], Callable[[Any], Any]]]:
     import onnxruntime
 
@@ -258,26 +266,61 @@ def compare(case: str, runs: int, threads: int) -> dict[str, dict[str, float]]:
     }
 
 
-def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    from edge_infer.cli.console import print_table, size
+COLUMNS = ["case", "way", "import ms>", "load ms>", "first ms>", "p50 ms>", "private>", "peak>"]
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
+    """Rows for COLUMNS: both ways and their ratio, case by case."""
+    from edge_infer.cli.console import size
 
     rows = []
     for case, ways in results.items():
         for way, figures in ways.items():
             times = [f"{figures[name]:.3g}" for name in ("import_ms", "load_ms", "first_ms", "p50_ms")]
-            rows.append(
-                [
-                    case if way == "plain" else "",
-                    way,
-                    *times,
-                    size(figures["private_bytes"]),
-                    size(figures["peak_bytes"]),
-                ]
-            )
+            memory = [size(figures[name]) for name in ("private_bytes", "peak_bytes")]
+            rows.append([case if way == "plain" else "", way, *times, *memory])
         ratios = [f"{ways['plain'][name] / max(ways['edge_infer'][name], 1e-9):.2f}x" for name in FIGURES]
         rows.append(["", "plain / edge_infer", *ratios])
-    columns = ["case", "way", "import ms>", "load ms>", "first ms>", "p50 ms>", "private>", "peak>"]
-    print_table(columns, rows)
+    return rows
+
+
+def surroundings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on: machine, versions, how they were taken."""
+    from importlib.metadata import version
+
+    cpu = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    packages = ("ai-edge-litert", "onnxruntime", "torch", "numpy")
+    return {
+        "processor": cpu[0] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "threads": args.threads,
+        "runs": args.runs,
+    }
+
+
+def write_docs(report: dict[str, Any]) -> None:
+    """Put the report into docs/: benchmark.json, and its table into benchmark.md."""
+    (ROOT / "docs" / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+    page = ROOT / "docs" / "benchmark.md"
+    around = report["surroundings"]
+    versions = ", ".join(f"{name} {version}" for name, version in around["versions"].items())
+    lines = [
+        f"{around['processor']}, {around['cores']} cores, Python {around['python']}, {versions}; "
+        f"{around['threads']} threads, medians of {around['runs']} alternating runs.",
+        "",
+        "| " + " | ".join(column.rstrip(">") for column in COLUMNS) + " |",
+        "|" + "|".join("---:" if column.endswith(">") else "---" for column in COLUMNS) + "|",
+        *("| " + " | ".join(row) + " |" for row in table(report["results"])),
+    ]
+    before, rest = page.read_text().split("<!-- table -->\n")
+    _, after = rest.split("<!-- /table -->")
+    page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- /table -->" + after)
 
 
 def main() -> None:
@@ -286,6 +329,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmark.json and the table of benchmark.md")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--make", help=argparse.SUPPRESS)
     parser.add_argument("--inline", help=argparse.SUPPRESS)
@@ -301,9 +345,14 @@ def main() -> None:
         for case in args.cases:
             print(f"{case} ...", file=sys.stderr, flush=True)
             results[case] = compare(case, args.runs, args.threads)
-        show(results)
+        from edge_infer.cli.console import print_table
+
+        report = {"surroundings": surroundings(args), "results": results}
+        print_table(COLUMNS, table(results))
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + "\n")
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        if args.docs:
+            write_docs(report)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ probe inputs, converts it, and leaves in ``work`` what the builders of ``quantiz
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_infer import probe, worker
 from edge_infer.convert.source import Source
-from edge_infer.errors import ConversionError, UsageError
+from edge_infer.errors import ConversionError, EdgeInferError, UsageError
 from edge_infer.manifest import TensorSpec
 
 #: (framework of the source, format) -> the module of the route.
@@ -63,10 +64,8 @@ def convert(source: Source, format: str, options: ConvertOptions, work: Path, lo
     """Run the route from ``source`` to ``format`` in a child. Raises UsageError, ConversionError."""
     module = ROUTES.get((source.family, format))
     if module is None:
-        raise ConversionError(
-            f"there is no way from a {source.kind} model to {format}; "
-            f"choose --format {' or '.join(formats_for(source))}, or export the model to ONNX and package that"
-        )
+        known = " or ".join(formats_for(source))
+        raise ConversionError(f"there is no way from {source.kind} models to {format}; choose --format {known}")
     work.mkdir(parents=True, exist_ok=True)
     request = {
         "source": str(source.path),
@@ -95,18 +94,19 @@ def ask_source(
 
     Used by the routes, inside their child. Gives the feeds and the answer the route returns.
     """
+    if not inputs:
+        raise ConversionError("the model has no inputs, so it always answers the same; there is nothing to package")
     calibration = Path(request["calibration"]) if request["calibration"] else None
     feeds = probe.make_feeds(inputs, calibration)
-    answers = []
-    for feed in feeds:
-        try:
-            answers.append(run(feed))
-        except Exception as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-            raise ConversionError(
-                f"the source model itself fails on inputs {shapes}: {str(error).strip().splitlines()[0][:300]}; "
-                "give the shapes it takes with --input NAME=DTYPE:D0,D1"
-            ) from error
+    answers = [_ask(feed, run) for feed in feeds]
+    if not answers[0]:
+        raise ConversionError("the model returns no tensors, expected at least one output")
+    for factor in probe.STRETCHES:
+        more = probe.stretched(inputs, feeds, factor)
+        with contextlib.suppress(ConversionError):  # a model may have a longest or a shortest input
+            answers += [_ask(feed, run) for feed in more]
+            feeds += more
+            break
     probe.save_feeds(Path(request["work"]) / INPUTS_FILE, feeds)
     probe.save_feeds(Path(request["work"]) / ANSWERS_FILE, answers)
     outputs = probe.observed_specs(names, answers)
@@ -114,6 +114,21 @@ def ask_source(
         "inputs": [spec_to_json(spec) for spec in inputs],
         "outputs": [spec_to_json(spec) for spec in outputs],
     }
+
+
+def _ask(feed: probe.Feed, run: Any) -> probe.Feed:
+    try:
+        answer: probe.Feed = run(feed)
+    except EdgeInferError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConversionError(
+            f"the source model itself fails on inputs {shapes}: {lines[0][:300]}; "
+            "give the shapes it takes with --input NAME=DTYPE:D0,D1"
+        ) from error
+    return answer
 
 
 def override(inputs: list[TensorSpec], given: list[TensorSpec]) -> list[TensorSpec]:

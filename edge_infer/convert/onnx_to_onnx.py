@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     if request["signature"] is not None:
         raise UsageError(f"--signature {request['signature']} was given, but ONNX models have no signatures")
     model = load(path)
-    inputs = override(_inputs(path, model), [spec_from_json(row) for row in request["inputs"]])
+    _drop_initializers_from_inputs(model)
+    inputs = override(
+        [_spec(path, item) for item in model.graph.input], [spec_from_json(row) for row in request["inputs"]]
+    )
     _fix_shapes(model, inputs)
     names = [output.name for output in model.graph.output]
     folder = Path(request["work"])
@@ -62,7 +66,11 @@ def _check_locations(path: Path, locations: set[str]) -> None:
     """External data must lie beside the model: the path is free text, and may point anywhere on this machine."""
     for location in sorted(locations):
         beside = path.parent / location
-        if Path(location).is_absolute() or ".." in Path(location).parts or beside.is_symlink():
+        if (
+            Path(location).is_absolute()
+            or ".." in Path(location).parts
+            or beside.resolve() != path.parent.resolve() / location
+        ):
             raise ConversionError(f"{path} refers to {location!r} outside its own folder; refused")
         if not beside.is_file():
             raise UsageError(f"{path} keeps weights in {location!r}, which is not beside it; copy that file too")
@@ -100,13 +108,21 @@ def _open(path: Path, model: Path) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:
+        unknown = re.search(r"([\w.]+):(\w+)\(-?\d+\) is not a registered function/op", str(error))
+        if unknown:
+            raise ConversionError(
+                f"{path}: ONNX Runtime has no operator {unknown[2]} in the domain {unknown[1]}; replace it in the model"
+            ) from error
         raise ConversionError(f"ONNX Runtime cannot open {path}: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def _inputs(path: Path, model: onnx.ModelProto) -> list[TensorSpec]:
-    """Inputs that are no initializers; older models list both."""
+def _drop_initializers_from_inputs(model: onnx.ModelProto) -> None:
+    """Models before IR version 4 list weights as inputs too, which keeps engines from folding them."""
     weights = {item.name for item in model.graph.initializer}
-    return [_spec(path, item) for item in model.graph.input if item.name not in weights]
+    inputs = [item for item in model.graph.input if item.name not in weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, 4)
 
 
 def _spec(path: Path, item: onnx.ValueInfoProto) -> TensorSpec:
@@ -116,8 +132,12 @@ def _spec(path: Path, item: onnx.ValueInfoProto) -> TensorSpec:
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
     if dtype not in DTYPES:
         raise UsageError(f"{path}: input {item.name!r} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
-    return TensorSpec(item.name, dtype, shape)
+    return TensorSpec(item.name, dtype, tuple(_size(dim) for dim in tensor.shape.dim))
+
+
+def _size(dim: Any) -> int | None:
+    """A dimension's size, None when it is dynamic; some exporters write that as -1."""
+    return dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
 
 
 def _fix_shapes(model: onnx.ModelProto, inputs: list[TensorSpec]) -> None:
@@ -125,6 +145,6 @@ def _fix_shapes(model: onnx.ModelProto, inputs: list[TensorSpec]) -> None:
     by_name = {spec.name: spec for spec in inputs}
     for item in model.graph.input:
         for dim, size in zip(item.type.tensor_type.shape.dim, by_name[item.name].shape if item.name in by_name else ()):
-            if size is not None and not dim.HasField("dim_value"):
+            if size is not None and _size(dim) is None:
                 dim.dim_value = size
                 del model.graph.value_info[:]

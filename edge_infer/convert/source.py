@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_infer.errors import ConversionError, UsageError
+from edge_infer.bundle import hash_file
+from edge_infer.errors import BundleError, ConversionError, UsageError
+from edge_infer.runtime.onnx_files import external_locations
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 TFLITE_MAGIC = b"TFL3"
@@ -95,12 +98,22 @@ def _looks_like_onnx(head: bytes) -> bool:
 
 
 def _hash(path: Path) -> str:
-    """SHA-256 over names and contents; for ONNX, files with weights beside it are hashed by its converter's check."""
+    """SHA-256 over names, lengths and contents of all files."""
     digest = hashlib.sha256()
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() + b"\0" + str(file.stat().st_size).encode() + b"\0")
-        with file.open("rb") as stream:
-            for chunk in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(chunk)
+    for file in _files(path):
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        digest.update(name.encode() + b"\0" + str(file.stat().st_size).encode() + b"\0")
+        digest.update(bytes.fromhex(hash_file(file)))
     return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """All files of a source: a folder's, or a model's own and, for ONNX, those with weights beside it."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    beside: set[str] = set()
+    if _kind(path) == "onnx":
+        with contextlib.suppress(BundleError):  # damaged: the converter says how
+            beside = external_locations(path.read_bytes())
+    found = [path.parent / name for name in sorted(beside)]
+    return [path.resolve(), *(file for file in found if file.is_file() and not file.is_symlink())]

@@ -6,6 +6,7 @@ this route only normalizes the source: one signature, the source's names, the sh
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 from edge_infer.convert import ask_source, override, spec_from_json
 from edge_infer.errors import ConversionError, UsageError
@@ -36,19 +38,44 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     load = _load_keras if request["kind"] == "keras" else _load_saved_model
     model = load(Path(request["source"]), request["signature"])
     inputs = override(model.inputs, [spec_from_json(row) for row in request["inputs"]])
-    function = tf.function(model.call, autograph=False).get_concrete_function(
-        **{spec.name: tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in inputs}
+    arguments = {spec.name: _argument(index, spec.name) for index, spec in enumerate(inputs)}
+
+    def call(**tensors: tf.Tensor) -> dict[str, tf.Tensor]:
+        return model.call(**{name: tensors[argument] for name, argument in arguments.items()})
+
+    function = tf.function(call, autograph=False).get_concrete_function(
+        **{arguments[spec.name]: tf.TensorSpec(spec.shape, spec.dtype, name=arguments[spec.name]) for spec in inputs}
     )
     names = sorted(function.structured_outputs)
 
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        answer = function(**{name: tf.constant(array) for name, array in feed.items()})
+        answer = function(**{arguments[name]: tf.constant(array) for name, array in feed.items()})
         return {name: answer[name].numpy() for name in names}
 
     _, answer = ask_source(request, inputs, names, run)
-    folder, signature = model.saved if model.saved and inputs == model.inputs else _save(request, model, function)
+    if model.saved and inputs == model.inputs:
+        folder, signature = model.saved
+    else:
+        folder, signature = _save(request, model, function)
+        _rename_inputs(Path(folder), {argument: name for name, argument in arguments.items() if argument != name})
     details = {"saved_model": folder, "signature": signature, "tools": {"tensorflow": tf.__version__}}
     return {**answer, "details": details}
+
+
+def _argument(index: int, name: str) -> str:
+    """The Python argument for an input: TensorFlow quietly changes names that are no identifiers."""
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"input_{index}_"
+
+
+def _rename_inputs(folder: Path, names: dict[str, str]) -> None:
+    """Give the inputs of a SavedModel's signature names that no Python argument can have."""
+    if not names:
+        return
+    saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    inputs = saved.meta_graphs[0].signature_def[SIGNATURE].inputs
+    for argument, name in names.items():
+        inputs[name].CopyFrom(inputs.pop(argument))
+    (folder / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
 
 
 def _save(request: dict[str, Any], model: Loaded, function: Any) -> tuple[str, str]:
@@ -71,7 +98,8 @@ def _load_keras(path: Path, signature: str | None) -> Loaded:
         raise ConversionError(f"Keras cannot load {path}: {str(error).strip().splitlines()[0][:300]}") from error
     if not getattr(model, "inputs", None):
         raise ConversionError(f"{path} is a Keras model without fixed inputs; export it with model.export() instead")
-    structure = model.input
+    sequential = isinstance(model, keras.Sequential)  # it has .input only once it was called
+    structure = model.inputs[0] if sequential else model.input
     names = [tensor.name for tensor in model.inputs]
     specs = [TensorSpec(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in model.inputs]
     output_names = _keras_output_names(model)
@@ -88,9 +116,11 @@ def _load_keras(path: Path, signature: str | None) -> Loaded:
 
 def _keras_output_names(model: Any) -> list[str]:
     """Names of a Keras model's outputs: the keys of its dictionary, else the layers that make them."""
+    if not hasattr(model, "output_names"):
+        return [model.layers[-1].name]  # a Sequential model has one output
     if isinstance(model.output, dict):
         return sorted(model.output)  # keras.tree flattens a dictionary by sorted keys
-    names = list(getattr(model, "output_names", None) or (tensor.name for tensor in model.outputs))
+    names = list(model.output_names)
     return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]
 
 
@@ -102,7 +132,8 @@ def _load_saved_model(path: Path, signature: str | None) -> Loaded:
     key = _choose_signature(path, sorted(loaded.signatures), signature)
     function = loaded.signatures[key]
     _, arguments = function.structured_input_signature
-    specs = [TensorSpec(name, spec.dtype.name, _shape(path, spec)) for name, spec in arguments.items()]
+    # Sorted: TensorFlow gives them in another order each time.
+    specs = [TensorSpec(name, spec.dtype.name, _shape(path, spec)) for name, spec in sorted(arguments.items())]
 
     def call(**tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         return dict(function(**tensors))

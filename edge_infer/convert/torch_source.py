@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from edge_infer.convert import spec_from_json
 from edge_infer.errors import ConversionError, UsageError
@@ -21,18 +23,22 @@ from edge_infer.probe import Feed
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, ImportError, TypeError)
 
 
+Arrange = Callable[[tuple[torch.Tensor, ...]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
 @dataclass
 class TorchModel:
-    """``module`` in evaluation mode; ``call`` runs it on arrays by name; ``output_names`` is known after one run."""
+    """``module`` in evaluation mode; ``arrange`` turns tensors in the order of ``inputs`` into its arguments."""
 
     module: Any
     inputs: list[TensorSpec]
-    scripted: bool
+    arrange: Arrange
+    scripted: bool = False
     exported: Any = None
 
     def tuple_module(self) -> FlatOutputs:
         """The module with positional inputs and a flat tuple of outputs, as engines have it."""
-        return FlatOutputs(self.module, [spec.name for spec in self.inputs], positional=self.exported is not None)
+        return FlatOutputs(self.module, self.arrange)
 
     def run(self, feed: Feed) -> Feed:
         tensors = [torch.from_numpy(feed[spec.name].copy()) for spec in self.inputs]
@@ -44,16 +50,14 @@ class TorchModel:
 class FlatOutputs(torch.nn.Module):
     """Calls the model with its inputs in order and flattens what it returns."""
 
-    def __init__(self, module: torch.nn.Module, names: list[str], positional: bool) -> None:
+    def __init__(self, module: torch.nn.Module, arrange: Arrange) -> None:
         super().__init__()
         self.module = module
-        self._names = names
-        self._positional = positional
+        self._arrange = arrange
 
     def named(self, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._positional:
-            return flatten_outputs(self.module(*tensors))
-        return flatten_outputs(self.module(**dict(zip(self._names, tensors, strict=True))))
+        positional, keywords = self._arrange(tensors)
+        return flatten_outputs(self.module(*positional, **keywords))
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.named(*tensors).values())
@@ -76,7 +80,12 @@ def flatten_outputs(value: Any, name: str = "output") -> dict[str, torch.Tensor]
         raise ConversionError(
             f"the model returns a {type(value).__name__}, expected tensors, or tuples or dicts of them"
         )
-    return {key: tensor for label, item in items for key, tensor in flatten_outputs(item, label).items()}
+    flat = [pair for label, item in items for pair in flatten_outputs(item, label).items()]
+    names = [key for key, _ in flat]
+    twice = sorted({key for key in names if names.count(key) > 1})
+    if twice:
+        raise ConversionError(f"the model returns two outputs that would be named {twice[0]!r}; rename one of them")
+    return dict(flat)
 
 
 def load(request: dict[str, Any]) -> TorchModel:
@@ -89,7 +98,13 @@ def load(request: dict[str, Any]) -> TorchModel:
         return _load_export(path, given)
     module = _load_script(path) if kind == "torchscript" else _load_pickle(path, request)
     module.eval()
-    return TorchModel(module, _named_inputs(module, given), scripted=kind == "torchscript")
+    inputs = _named_inputs(module, given)
+    names = [spec.name for spec in inputs]
+
+    def arrange(tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), dict(zip(names, tensors, strict=True))
+
+    return TorchModel(module, inputs, arrange, scripted=kind == "torchscript")
 
 
 def _load_script(path: Path) -> torch.nn.Module:
@@ -105,19 +120,28 @@ def _load_export(path: Path, given: list[TensorSpec]) -> TorchModel:
         program = torch.export.load(str(path))
     except Exception as error:  # its readers raise their own kinds
         raise ConversionError(f"PyTorch cannot load {path} as an exported program: {_first_line(error)}") from error
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    arguments = [row.arg for row in program.graph_signature.input_specs if row.kind.name == "USER_INPUT"]
+    tensors = [argument.name for argument in arguments if isinstance(values.get(argument.name), torch.Tensor)]
     inputs = []
-    by_name = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for name in program.graph_signature.user_inputs:
-        value = by_name[name].meta["val"]
-        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-        inputs.append(TensorSpec(name, str(value.dtype).removeprefix("torch."), shape))
+    for name in tensors:
+        shape = tuple(size if isinstance(size, int) else None for size in values[name].shape)
+        inputs.append(TensorSpec(name, str(values[name].dtype).removeprefix("torch."), shape))
     for spec in given:
         if spec not in inputs:
             raise UsageError(
                 f"--input gives {spec}, but {path.name} was exported with {', '.join(map(str, inputs))}; "
                 "leave --input away or export it again"
             )
-    return TorchModel(program.module(), inputs, scripted=False, exported=program)
+
+    def arrange(given: tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As the program was exported: keywords and containers, and in their places the constants it had then."""
+        by_name = dict(zip(tensors, given, strict=True))
+        flat = [by_name.get(argument.name, getattr(argument, "value", None)) for argument in arguments]
+        positional, keywords = pytree.tree_unflatten(flat, program.call_spec.in_spec)
+        return positional, keywords
+
+    return TorchModel(program.module(), inputs, arrange, exported=program)
 
 
 def _load_pickle(path: Path, request: dict[str, Any]) -> torch.nn.Module:
@@ -218,7 +242,8 @@ def _parameters(module: Any) -> tuple[list[str], list[str]]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text.splitlines() or [type(error).__name__])[0][:300]
 
 
 def examples(model: TorchModel, feeds: list[Feed]) -> tuple[torch.Tensor, ...]:

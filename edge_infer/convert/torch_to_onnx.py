@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 
     feeds, answer = ask_source(request, model.inputs, names, run)
     path = Path(request["work"]) / "model.onnx"
+    args = torch_source.examples(model, feeds)
     try:
-        export(model, torch_source.examples(model, feeds), names, path)
+        export(model, args, names, path)
     except ConversionError:
         raise
     except Exception as error:
-        raise explain(error) from error
+        raise explain(error, lambda operator: layer(model, args, operator)) from error
     return {**answer, "details": {"model": str(path), "tools": {"torch": torch.__version__}}}
 
 
@@ -71,22 +73,44 @@ def export(model: torch_source.TorchModel, args: tuple[torch.Tensor, ...], names
     torch.onnx.export(model.exported, (), str(path), dynamo=True, external_data=False, verbose=False, **labels)
 
 
-def explain(error: BaseException) -> ConversionError:
+def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operator: "") -> ConversionError:
     """The exporter's report, which runs over pages, as one sentence that names operator and layer."""
-    chain: BaseException | None = error
-    text = ""
-    while chain is not None:
-        text += f"{type(chain).__name__}: {chain}\n"
-        chain = chain.__cause__ or chain.__context__
-    operator = re.search(
-        r"(?:No ONNX function found for .*?|[Uu]nsupported.{0,40}?operator '?)((?:aten|prims|\w+)[:.]+\w+)", text
-    )
-    layer = re.search(r"module: ([\w.\[\]/ :]+)|nn_module_stack.*?'([\w.]+)'", text)
+    chain = _causes(error)
+    text = "\n".join(f"{type(item).__name__}: {item}" for item in chain)
+    operator = re.search(r"No ONNX function found for .*?'([\w.:]+)'|Exporting the operator '([\w.:]+)'", text)
     if operator:
-        place = next((group for group in layer.groups() if group), "") if layer else ""
-        where = f" in layer {place.strip()}" if place else ""
+        name = operator[1] or operator[2]
+        layer = layer_of(name)
+        where = f" in layer {layer}" if layer else ""
         return ConversionError(
-            f"the operator {operator[1]}{where} has no ONNX form; replace it in the model, or use --format torchscript"
+            f"the operator {name}{where} has no ONNX form; replace it in the model, or use --format torchscript"
         )
-    first = text.strip().splitlines()[0][:400] if text.strip() else "no reason given"
-    return ConversionError(f"torch.onnx cannot export the model: {first}; try --format torchscript")
+    if "DataDependent" in text:
+        return ConversionError(
+            "what the model computes depends on its values (an if or a loop), which torch.onnx cannot follow; "
+            "use torch.where or torch.cond in the model, or package torch.jit.script(model)"
+        )
+    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or ["no reason given"]
+    reason = f"{type(chain[-1]).__name__}: {' '.join(lines[:2])[:400]}"
+    return ConversionError(f"torch.onnx cannot export the model: {reason}; try --format torchscript")
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
+
+
+def layer(model: torch_source.TorchModel, args: tuple[torch.Tensor, ...], operator: str) -> str:
+    """The path of the submodule that uses an operator, empty when that cannot be told."""
+    if model.scripted:
+        return ""
+    program = model.exported or torch.export.export(model.tuple_module(), args)
+    # What is prims.bessel_j0 to the exporter is aten.special_bessel_j0 in the program.
+    same = re.compile(rf"[._]{re.split('[.:]+', operator)[-1]}(\.|$)")
+    for node in program.run_decompositions().graph.nodes:
+        if same.search(str(node.target)):
+            paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            return paths[-1].removeprefix("module.") if paths else ""
+    return ""

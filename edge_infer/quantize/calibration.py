@@ -34,6 +34,8 @@ class Calibration:
 
     def feed(self, index: int, batch: int = 1) -> dict[str, Array]:
         """Sample ``index`` for every input; ``batch`` samples in a row where the model's first axis is dynamic."""
+        if any(self._stacked(spec) for spec in self.inputs if spec.shape and spec.shape[0] is None):
+            batch = 1  # full inputs have the batch that they have, so the others keep to one sample
         return {spec.name: self._sample(spec, index, batch) for spec in self.inputs}
 
     def feeds(self) -> Iterator[dict[str, Array]]:
@@ -57,7 +59,10 @@ class Calibration:
 
 def _read(path: Path, inputs: Sequence[TensorSpec]) -> Mapping[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UsageError(f"there is no calibration file {path}") from None

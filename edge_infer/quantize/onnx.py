@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime
 from onnx import numpy_helper
 from onnxruntime.quantization import (
@@ -23,6 +24,7 @@ from edge_infer.errors import ConversionError
 from edge_infer.quantize.calibration import Calibration
 
 MODEL, WEIGHTS = "model.onnx", "weights.bin"
+PER_CHANNEL_OPSET = 13
 #: Smaller tensors stay in the model: the engine folds shapes and constants while it loads.
 EXTERNAL_BYTES = 1024
 #: Tensors of at least a page begin on a page, smaller ones on a cache line.
@@ -32,6 +34,8 @@ LINE_BYTES = 64
 OPSET_SINCE = {18: "1.14.0", 19: "1.16.0", 20: "1.17.0", 21: "1.19.0", 22: "1.21.0", 23: "1.23.0", 24: "1.24.0"}
 IR_SINCE = {9: "1.15.0", 10: "1.18.0", 11: "1.21.0", 12: "1.23.0"}
 OLDEST = "1.14.0"
+#: 8 is what opset 18 came with; 4-bit integers came with 10. https://github.com/onnx/onnx/blob/main/docs/Versioning.md
+OLDEST_IR, FOUR_BIT_IR = 8, 10
 #: Operators that repacking of weights speeds up by far (a factor of two for dense networks), unlike convolutions.
 REPACKED_OPERATORS = {"MatMul", "Gemm", "MatMulInteger", "LSTM", "GRU", "RNN", "Attention", "DynamicQuantizeLSTM"}
 
@@ -41,6 +45,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     model = QUANTIZERS[request["precision"]](Path(request["details"]["model"]), folder, request)
     strip(model)
     sort_nodes(model.graph)
+    lower_ir_version(model)
     weights = externalize(model, out / WEIGHTS, request["page_size_bytes"])
     onnx.save(model, out / MODEL)
     onnx.checker.check_model(str(out / MODEL))
@@ -119,7 +124,7 @@ def prepared(source: Path, folder: Path) -> Path:
     if not path.is_file():
         try:
             shape_inference.quant_pre_process(
-                source,
+                modern(source, folder),
                 path,
                 save_as_external_data=True,
                 all_tensors_to_one_file=True,
@@ -130,6 +135,16 @@ def prepared(source: Path, folder: Path) -> Path:
             raise ConversionError(
                 f"ONNX Runtime cannot prepare the model for quantization: {lines[0][:300]}"
             ) from error
+    return path
+
+
+def modern(source: Path, folder: Path) -> Path:
+    """The model in an opset that has weights quantized per channel."""
+    model = onnx.load(source)
+    if opset(model) >= PER_CHANNEL_OPSET:
+        return source
+    path = folder / "modern.onnx"
+    onnx.save(onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET), path)
     return path
 
 
@@ -170,6 +185,16 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
         del graph.node[:]
         graph.node.extend(fresh)
+
+
+def lower_ir_version(model: onnx.ModelProto) -> None:
+    """Declare the oldest IR version that has what the model uses: exporters declare their own, which is newer."""
+    kinds = {tensor.data_type for graph in _graphs(model.graph) for tensor in graph.initializer}
+    if kinds and max(kinds) > onnx.TensorProto.INT4:
+        return  # of types that came after 4-bit integers each needs its own version
+    needed = FOUR_BIT_IR if kinds & {onnx.TensorProto.UINT4, onnx.TensorProto.INT4} else OLDEST_IR
+    by_opset = onnx.helper.find_min_ir_version_for(model.opset_import, ignore_unknown=True)
+    model.ir_version = min(model.ir_version, max(needed, by_opset))
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
@@ -244,10 +269,16 @@ def _bytes(tensor: onnx.TensorProto) -> int:
     return count * max(1, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
+def opset(model: onnx.ModelProto) -> int:
+    """The version of the default domain's operators."""
+    return max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
+
+
 def oldest_engine(model: onnx.ModelProto) -> str:
     """The first onnxruntime release that knows the model's opset and IR version."""
-    opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
     versions = [OLDEST]
-    versions += [since for number, since in OPSET_SINCE.items() if number <= opset]
+    versions += [since for number, since in OPSET_SINCE.items() if number <= opset(model)]
     versions += [since for number, since in IR_SINCE.items() if number <= model.ir_version]
+    if opset(model) > max(OPSET_SINCE) or model.ir_version > max(IR_SINCE):
+        versions.append(onnxruntime.__version__)  # newer than the tables; the one here runs it
     return max(versions, key=lambda version: [int(part) for part in version.split(".")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,22 @@ def save_mapped(module: Any, out: Path, page_size: int) -> int:
         file.truncate(position)
     for tensor in tensors.values():
         tensor.data = torch.empty(0, dtype=tensor.dtype)
-    module.save(str(out / MODEL), _extra_files={TENSOR_TABLE: json.dumps(table, sort_keys=True)})
+    save_archive(module, out / MODEL, {TENSOR_TABLE: json.dumps(table, sort_keys=True)})
     if not position:
         (out / WEIGHTS).unlink()
     return position
+
+
+def save_archive(module: Any, path: Path, extra: dict[str, str]) -> None:
+    """Save without the call stacks that TorchScript keeps for debugging: they hold this machine's paths."""
+    full = torch._C.PyTorchFileReader(io.BytesIO(module.save_to_buffer(_extra_files=extra)))
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name in full.get_all_records():
+        # The last is the writer's own.
+        if not name.endswith(".debug_pkl") and name not in ("version", "byteorder", ".data/serialization_id"):
+            data = full.get_record(name)
+            writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
 
 
 def _row(tensor: torch.Tensor, base: int) -> dict[str, Any]:

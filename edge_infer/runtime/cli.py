@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,9 +72,13 @@ def report(args: argparse.Namespace) -> int:
             print(json.dumps(answer))
         else:
             args.show(answer)
+        sys.stdout.flush()
         return int(answer.get("exit_status", EXIT_DONE)) if isinstance(answer, dict) else EXIT_DONE
     except EdgeInferError as error:
         return _fail(args, error, error.exit_status)
+    except BrokenPipeError:  # whoever reads this has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNEXPECTED
     except (MemoryError, OSError) as error:
         return _fail(args, error, EXIT_UNEXPECTED)
 

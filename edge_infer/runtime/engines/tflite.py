@@ -76,7 +76,8 @@ class TFLiteEngine:
                 for index, array in zip(self._inputs, arrays):
                     self._interpreter.set_tensor(index, array)
                 self._interpreter.invoke()
-                return [self._interpreter.get_tensor(index) for index in self._outputs]
+                # asarray: of a scalar the interpreter gives no array but a number.
+                return [np.asarray(self._interpreter.get_tensor(index)) for index in self._outputs]
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._shapes = None
                 raise engine_error(error, "TFLite failed while running the model") from error
