@@ -56,14 +56,20 @@ print(json.dumps(float((answers.argmax(1) == data["label"]).mean())))
 """
 
 
-def shell(*command: str, quiet: bool = False) -> str:
+def shell(*command: str) -> None:
     """Show and run a command of the project's; stops with its status when it fails."""
-    if not quiet:
-        print(f"\n$ {shlex.join(command)}", flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE if quiet else None, text=True, check=False, env=ENVIRONMENT)
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    done = subprocess.run(command, check=False, env=ENVIRONMENT)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return done.stdout or ""
+
+
+def ask(*command: str) -> str:
+    """What a command prints; its own and the engines' remarks are shown only when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
+    return done.stdout
 
 
 #: `edge-infer` and `python` are those of the environment that runs this, the store is the embedded device's.
@@ -99,9 +105,9 @@ def measure(job: Job, bundle: Path, source_accuracy: float) -> dict[str, object]
     """Run the bundle as the device does: by name from its store, where it was pushed."""
     what = job.name if job.pushed else str(bundle)
     data = "test.npz" if "keras" in job.source else "test_nchw.npz"
-    accuracy = json.loads(shell("python", "-c", ON_DEVICE, what, f"{MODELS}/{data}", quiet=True))
-    facts = json.loads(shell("python", "-m", "edge_infer", "info", what, "--json", quiet=True))
-    timed = json.loads(shell("python", "-m", "edge_infer", "bench", what, "--json", quiet=True))
+    accuracy = json.loads(ask("python", "-c", ON_DEVICE, what, f"{MODELS}/{data}"))
+    facts = json.loads(ask("python", "-m", "edge_infer", "info", what, "--json"))
+    timed = json.loads(ask("python", "-m", "edge_infer", "bench", what, "--json"))
     return {
         "bundle": job.name, "source": job.source, "target": job.target, "format": facts["format"],
         "precision": facts["precision"], "size": sum(facts["files"].values()), "source_accuracy": source_accuracy,

@@ -92,8 +92,8 @@ def packaged(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
 
 
 @pytest.fixture(scope="session")
-def test_digits(models: Path) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-    """``test_digits(form)``: test images in the layout of that form, and labels."""
+def digits_test_set(models: Path) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """``digits_test_set(form)``: test images in the layout of that form, and labels."""
 
     def read(form: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(models / ("test.npz" if form.startswith("keras") else "test_nchw.npz")) as data:

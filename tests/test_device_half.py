@@ -241,9 +241,9 @@ def test_run_without_input_answers_the_first_golden_case(bundle: Bundle, tmp_pat
 
 
 def test_run_takes_arrays_from_a_file(
-    bundle: Bundle, tmp_path: Path, test_digits: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    bundle: Bundle, tmp_path: Path, digits_test_set: Callable[[str], tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    images, labels = test_digits("torch.onnx")
+    images, labels = digits_test_set("torch.onnx")
     write_npz(tmp_path / "in.npz", {"image": images, "label": labels})
     assert command("run", bundle.path, "--input", tmp_path / "in.npz", "--output", tmp_path / "o.npz").returncode == 0
     answers = read_npz(tmp_path / "o.npz")["digit"]

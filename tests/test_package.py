@@ -64,18 +64,18 @@ class TestDigits:
         assert (manifest.artifact.format, manifest.artifact.precision) == (format, precision)
 
     def test_accuracy_stays(
-        self, packaged: Packaged, test_digits: Digits, form: str, format: str, precision: str
+        self, packaged: Packaged, digits_test_set: Digits, form: str, format: str, precision: str
     ) -> None:
-        images, labels = test_digits(form)
+        images, labels = digits_test_set(form)
         with load(packaged(form, format, precision).path) as session:
             observed = float((session(images).argmax(1) == labels).mean())
         trained = json.loads((MODELS / "accuracy.json").read_text())
         assert observed >= 0.99 * trained["keras" if form.startswith("keras") else "torch"]
 
     def test_any_batch_gives_the_same_rows(
-        self, packaged: Packaged, test_digits: Digits, form: str, format: str, precision: str
+        self, packaged: Packaged, digits_test_set: Digits, form: str, format: str, precision: str
     ) -> None:
-        images, _ = test_digits(form)
+        images, _ = digits_test_set(form)
         # Where activations are quantized while running, the range is that of the whole batch.
         tolerance = 0.1 if precision == "int8-dynamic" else 1e-2 if precision != "float32" else 1e-5
         with load(packaged(form, format, precision).path) as session:

@@ -116,13 +116,13 @@ def with_wrong_answers(bundle: Bundle, folder: Path) -> Bundle:
 
 
 @pytest.mark.parametrize("format", ["tflite", "onnx", "torchscript"])
-def test_a_pushed_bundle_runs_from_the_store_by_name(device, packaged, test_digits, format, monkeypatch):
+def test_a_pushed_bundle_runs_from_the_store_by_name(device, packaged, digits_test_set, format, monkeypatch):
     bundle = packaged(SOURCES[format], format, "int8")
     pushed = device.push(bundle)
     assert (pushed.sent_bytes, pushed.replaced) == (bundle.manifest.size, None)
     assert pushed.report["largest_difference"]["digit"] <= bundle.manifest.golden.tolerance["digit"]
     monkeypatch.setenv("EDGE_INFER_HOME", str(device.store))
-    images, labels = test_digits(SOURCES[format])
+    images, labels = digits_test_set(SOURCES[format])
     with load("digits") as session:
         assert session.bundle.digest == bundle.digest
         assert (session(images).argmax(1) == labels).mean() > 0.96
@@ -135,7 +135,7 @@ def test_a_second_push_of_the_same_sends_nothing(device, onnx):
     assert [step.action for step in again.steps] == ["keep", "self-test", "activate"]
 
 
-def test_rollback_goes_back_and_forth(device, onnx, onnx_int8, test_digits):
+def test_rollback_goes_back_and_forth(device, onnx, onnx_int8, digits_test_set):
     device.push(onnx)
     assert device.push(onnx_int8).replaced == onnx.digest
     with contextlib.closing(device.transport()) as transport:

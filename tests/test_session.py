@@ -82,9 +82,9 @@ def test_a_session_describes_itself(session: Session, bundle: Bundle) -> None:
 
 
 def test_every_digit_network_still_knows_its_digits(
-    session: Session, bundle: Bundle, test_digits: Callable[[str], tuple[Array, Array]]
+    session: Session, bundle: Bundle, digits_test_set: Callable[[str], tuple[Array, Array]]
 ) -> None:
-    x, labels = test_digits(SOURCES[bundle.manifest.artifact.format])
+    x, labels = digits_test_set(SOURCES[bundle.manifest.artifact.format])
     assert len(labels) == 500
     assert np.mean(session(x).argmax(axis=1) == labels) >= 0.97
 

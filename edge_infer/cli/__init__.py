@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return report(args)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing half-written was left", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; run the same again, it starts over or goes on", file=sys.stderr)
         return 130
 
 

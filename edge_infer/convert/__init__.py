@@ -7,6 +7,7 @@ probe inputs, converts it, and leaves in ``work`` what the builders of ``quantiz
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ def convert(source: Source, format: str, options: ConvertOptions, work: Path, lo
 
 
 def ask_source(
-    request: dict[str, Any], inputs: list[TensorSpec], names: list[str], run: Any
+    request: dict[str, Any], inputs: list[TensorSpec], run: Callable[[probe.Feed], probe.Feed]
 ) -> tuple[list[probe.Feed], dict[str, Any]]:
     """Make the probe inputs, let ``run(feed)`` answer them with the source framework, keep both in ``work``.
 
-    Used by the routes, inside their child. Gives the feeds and the answer the route returns.
+    Used by the routes, inside their child. The outputs are in the order in which ``run`` gives them. Gives the feeds
+    and the answer the route returns.
     """
     if not inputs:
         raise ConversionError("the model has no inputs, so it always answers the same; there is nothing to package")
@@ -109,14 +111,14 @@ def ask_source(
             break
     probe.save_feeds(Path(request["work"]) / INPUTS_FILE, feeds)
     probe.save_feeds(Path(request["work"]) / ANSWERS_FILE, answers)
-    outputs = probe.observed_specs(names, answers)
+    outputs = probe.observed_specs(list(answers[0]), answers)
     return feeds, {
         "inputs": [spec_to_json(spec) for spec in inputs],
         "outputs": [spec_to_json(spec) for spec in outputs],
     }
 
 
-def _ask(feed: probe.Feed, run: Any) -> probe.Feed:
+def _ask(feed: probe.Feed, run: Callable[[probe.Feed], probe.Feed]) -> probe.Feed:
     try:
         answer: probe.Feed = run(feed)
     except EdgeInferError:

@@ -36,7 +36,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         return dict(zip(names, session.run(names, feed), strict=True))
 
-    _, answer = ask_source(request, inputs, names, run)
+    _, answer = ask_source(request, inputs, run)
     save(slim(model), folder / "model.onnx")
     tools = {"onnx": onnx.__version__, "onnxslim": onnxslim.__version__, "onnxruntime": onnxruntime.__version__}
     return {**answer, "details": {"model": str(folder / "model.onnx"), "tools": tools}}

@@ -52,7 +52,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         answer = function(**{arguments[name]: tf.constant(array) for name, array in feed.items()})
         return {name: answer[name].numpy() for name in names}
 
-    _, answer = ask_source(request, inputs, names, run)
+    _, answer = ask_source(request, inputs, run)
     if model.saved and inputs == model.inputs:
         folder, signature = model.saved
     else:

@@ -11,7 +11,6 @@ import torch
 
 from edge_infer.convert import ask_source, torch_source
 from edge_infer.errors import ConversionError
-from edge_infer.probe import Feed
 
 #: ONNX Runtime 1.14 and later run it, and the quantizer and every operator needed here exist in it.
 OPSET = 18
@@ -19,14 +18,8 @@ OPSET = 18
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     model = torch_source.load(request)
-    names: list[str] = []
-
-    def run(feed: Feed) -> Feed:
-        answers = model.run(feed)
-        names[:] = list(answers)
-        return answers
-
-    feeds, answer = ask_source(request, model.inputs, names, run)
+    feeds, answer = ask_source(request, model.inputs, model.run)
+    names = [row["name"] for row in answer["outputs"]]
     path = Path(request["work"]) / "model.onnx"
     args = torch_source.examples(model, feeds)
     try:

@@ -9,19 +9,11 @@ import torch
 
 from edge_infer.convert import ask_source, torch_source
 from edge_infer.errors import ConversionError
-from edge_infer.probe import Feed
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     model = torch_source.load(request)
-    names: list[str] = []
-
-    def run(feed: Feed) -> Feed:
-        answers = model.run(feed)
-        names[:] = list(answers)
-        return answers
-
-    feeds, answer = ask_source(request, model.inputs, names, run)
+    feeds, answer = ask_source(request, model.inputs, model.run)
     try:
         with torch.no_grad():
             traced = torch.jit.trace(
