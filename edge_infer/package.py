@@ -367,4 +367,5 @@ def _nothing_fits(target: TargetProfile, dropped: Sequence[Candidate]) -> EdgeIn
     if limited:
         return LimitError(f"nothing fits {target.name}: {reasons}")
     logs = [item.error.log for item in dropped if isinstance(item.error, ConversionError)]
-    return ConversionError(f"no conversion for {target.name} succeeded: {reasons}", logs[-1] if logs else "")
+    log = next((log for log in reversed(logs) if log), "")
+    return ConversionError(f"no conversion for {target.name} succeeded: {reasons}", log)

@@ -28,8 +28,8 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "PYTHONWARNI
 def run(call: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
     """Call ``module:function`` with ``request`` in a child; gives its answer.
 
-    Raises what the function raised when that is one of edge_infer's errors; ConversionError when it raised
-    anything else or the child died. Either way ``log`` holds what it printed.
+    Raises what the function raised when that is one of edge_infer's errors, which explains itself; ConversionError
+    with the log when it raised anything else or the child died. Either way ``log`` holds what it printed.
     """
     with tempfile.TemporaryDirectory(prefix="edge-infer-") as folder:
         answer_file = Path(folder) / "answer.json"
@@ -49,7 +49,7 @@ def run(call: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
     if "error" not in answer:
         return answer
     error = rebuild(answer["error"])
-    if isinstance(error, ConversionError):
+    if isinstance(error, ConversionError) and not answer["explained"]:
         error.log = _text(log)
     raise error
 
@@ -81,11 +81,12 @@ def main(folder: str) -> None:
         answer = getattr(importlib.import_module(module), function)(request["request"])
     except EdgeInferError as error:
         traceback.print_exc()
-        answer = {"error": describe(error)}
+        answer = {"error": describe(error), "explained": True}
     except Exception as error:  # a framework's own, whatever it is
         traceback.print_exc()
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        answer = {"error": describe(ConversionError(f"{type(error).__name__}: {lines[0][:400]}"))}
+        words = f"{type(error).__name__}: {lines[0][:400]}"
+        answer = {"error": describe(ConversionError(words)), "explained": False}
     Path(folder, "answer.json").write_text(json.dumps(answer))
     sys.stdout.flush()
     sys.stderr.flush()

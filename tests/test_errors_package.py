@@ -519,8 +519,9 @@ def test_one_sentence_and_nothing_left(
     before = everything_below(tmp_path)
     out = tmp_path / "out" / "m.edge"
     assert cli.main(["package", "--target", "cpu-x86_64", "-o", str(out), *map(str, arguments)]) == status
-    *_, sentence = capsys.readouterr().err.strip().splitlines()
+    *steps, sentence = capsys.readouterr().err.splitlines()
     assert sentence.startswith("edge-infer: ")
+    assert [line for line in steps if not line.startswith("  ")] == [], "a converter's log for what is explained"
     for word in words:
         assert word in sentence
     assert sentence.count(words[0]) == 1, "the same reason for each candidate"

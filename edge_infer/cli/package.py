@@ -86,7 +86,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _shown_log(log: Path, verbose: bool) -> Any:
-    """Converters' output goes to standard error: all of it with -v, otherwise its end when a conversion fails."""
+    """Converters' output on standard error: all of it with -v, otherwise its end when a failure says nothing else."""
     try:
         yield
     except ConversionError as error:

@@ -85,7 +85,9 @@ def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operat
         )
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or ["no reason given"]
     reason = f"{type(chain[-1]).__name__}: {' '.join(lines[:2])[:400]}"
-    return ConversionError(f"torch.onnx cannot export the model: {reason}; try --format torchscript")
+    return ConversionError(
+        f"torch.onnx cannot export the model: {reason}; see all of it with -v, or try --format torchscript"
+    )
 
 
 def _causes(error: BaseException) -> list[BaseException]:

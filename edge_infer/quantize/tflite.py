@@ -74,7 +74,7 @@ def explain(error: BaseException) -> ConversionError:
             "model to ONNX and package that"
         )
     first = (text.strip().splitlines() or [type(error).__name__])[0][:400]
-    return ConversionError(f"the TFLite converter fails: {first}")
+    return ConversionError(f"the TFLite converter fails: {first}; run again with -v to see all it says")
 
 
 def _operators(model: Any) -> list[str]:
