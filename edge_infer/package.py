@@ -200,6 +200,8 @@ class _Packaging:
     def _candidate(self, engine: EngineProfile, precision: str) -> tuple[Bundle, Candidate]:
         built = self._build(engine.format, precision)
         bundle = self._bundle(built, engine, precision)
+        # Here and not where artifacts are made: float32 is also built to compare with, whatever engine it needs.
+        _check_engine(bundle.manifest.artifact.requires[0], engine, self.target)
         _check_size(bundle.manifest, self.target)
         self.progress(f"measuring {engine.format} {precision}")
         measured = measure.bench(bundle, min(self.target.cores, default_threads()), self.work)
@@ -302,7 +304,6 @@ class _Packaging:
         requires = [Requirement(package, version) for package, version in facts["requires"]]
         # The device's own package first: it is the one that error messages tell people to install.
         requires.sort(key=lambda item: item.package != engine.package)
-        _check_engine(requires[0], engine, self.target)
         return Artifact(
             format=engine.format,
             precision=precision,

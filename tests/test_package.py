@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -287,3 +288,46 @@ def test_an_onnx_model_of_todays_exporter_runs_on_the_oldest_engine_of_its_opera
     """The exporter declares a newer IR version than opset 20 needs, which alone would ask for onnxruntime 1.18."""
     requires = packaged("torch.onnx", "onnx", "float32").manifest.artifact.requires
     assert [str(item) for item in requires] == ["onnxruntime>=1.17.0", "onnxruntime-gpu>=1.17.0"]
+
+
+OLD_ENGINE = """
+[[engines]]
+format = "{format}"
+package = "{package}"
+version = "{version}"
+providers = ["cpu"]
+precisions = {precisions}
+"""
+
+
+def target_with(folder: Path, **engine: object) -> str:
+    """A profile of cpu-x86_64 with this one engine."""
+    profile = (MODELS.parent.parent / "targets" / "cpu-x86_64.toml").read_text()
+    path = folder / "old.toml"
+    path.write_text(profile.split("# In order of preference.")[0] + OLD_ENGINE.format(**engine))
+    return str(path)
+
+
+def test_an_engine_that_is_too_old_for_every_precision_is_named(models: Path, tmp_path: Path) -> None:
+    target = target_with(
+        tmp_path, format="onnx", package="onnxruntime", version="1.16.0", precisions='["int8-dynamic", "float16"]'
+    )
+    with pytest.raises(LimitError) as refused:
+        calibration = calibration_for("torch.onnx")
+        package(Request(models / "torch.onnx", target, tmp_path / "d.edge", calibration=calibration))
+    words = (
+        r"onnx (int8-dynamic|float16): the artifact needs onnxruntime>=1\.1[78]\.0, cpu-x86_64 has onnxruntime 1\.16\.0"
+    )
+    assert re.findall(words, str(refused.value)) == ["int8-dynamic", "float16"]
+    assert not (tmp_path / "d.edge").exists()
+
+
+def test_a_precision_that_the_targets_engine_cannot_run_is_passed_over(models: Path, tmp_path: Path) -> None:
+    """tflite-runtime 2.14 lacks an operator version that dynamic int8 is written with."""
+    target = target_with(
+        tmp_path, format="tflite", package="tflite-runtime", version="2.14.0", precisions='["int8-dynamic", "float16"]'
+    )
+    packaged = package(Request(models / "keras.keras", target, tmp_path / "d.edge"))
+    (dropped,) = packaged.dropped
+    assert dropped.precision == "int8-dynamic" and "needs tflite-runtime>=2.17" in str(dropped.error)
+    assert packaged.bundle.manifest.artifact.precision == "float16"

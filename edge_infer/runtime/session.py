@@ -66,6 +66,7 @@ class Session:
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self._engine: Engine | None = engine
         self._dtypes = [np.dtype(spec.dtype) for spec in self.inputs]
+        self._names = {spec.name for spec in self.inputs}
 
     @property
     def info(self) -> EngineInfo:
@@ -128,10 +129,6 @@ class Session:
             check_array(spec, dtype, array)
             arrays.append(array if array.flags.c_contiguous and array.flags.aligned else array.copy())
         return arrays
-
-    @property
-    def _names(self) -> set[str]:
-        return {spec.name for spec in self.inputs}
 
 
 def check_array(spec: TensorSpec, dtype: np.dtype[Any], array: object) -> None:
