@@ -1,0 +1,7 @@
+"""The packager's report: a plain record of what was tried becomes one self-contained page, or a terminal table.
+
+    html.render(record) -> str                    the page; the same record gives the same bytes
+    text.table(record) -> (columns, rows)         the candidates, for a terminal
+
+docs/report.md states the record. Standard library only.
+"""
