@@ -7,6 +7,8 @@ Messages are one sentence a user can act on: what was observed, what was expecte
 
 from __future__ import annotations
 
+from typing import Any, Mapping, Optional
+
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_USAGE = 2
@@ -37,9 +39,13 @@ class SessionClosed(EdgeInferError, RuntimeError):
 
 
 class LimitError(EdgeInferError):
-    """The model does not fit the target; the message names the figure and the limit."""
+    """The model does not fit the target; the message names the figure and the limit.
+
+    ``record`` is what a report is made from, when candidates were measured.
+    """
 
     exit_status = EXIT_NOTHING_FITS
+    record: Optional[Mapping[str, Any]] = None
 
 
 class BundleError(EdgeInferError, ValueError):
@@ -84,14 +90,20 @@ class ConversionError(EdgeInferError, RuntimeError):
     """A converter failed or is not able to express the model.
 
     ``log`` is the converter's own output, shown when the user asks for it or when nothing better is known.
+    ``lasting`` is False when it may succeed another time: the process just died, or memory or a file was missing.
     """
 
     exit_status = EXIT_CONVERSION
 
-    def __init__(self, message: str, log: str = "") -> None:
+    def __init__(self, message: str, log: str = "", lasting: bool = True) -> None:
         super().__init__(message)
         self.log = log
+        self.lasting = lasting
 
 
 class ParityError(ConversionError):
     """A converted model computes something else than its source."""
+
+
+class ConverterMissing(ConversionError):
+    """A converter with an environment of its own is not installed; the message holds the command."""

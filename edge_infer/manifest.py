@@ -23,8 +23,18 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_MAX_BYTES = 4 * 1024 * 1024
 
 FORMATS = ("tflite", "onnx", "torchscript")
-PRECISIONS = ("float32", "float16", "int8-dynamic", "int8")
+PRECISIONS = (
+    "float32",
+    "float16",
+    "int8-dynamic",
+    "int8-weights",
+    "int4-weights",
+    "int16x8",
+    "int8",
+    "int8-mixed",
+)
 PROVIDERS = ("tensorrt", "cuda", "cpu")
+IMAGE_SIDE_MAX = 32768
 DTYPES = (
     "float16",
     "float32",
@@ -88,6 +98,28 @@ def number(value: Any, where: str) -> float:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
     _expect(valid, where, "a number, zero or more", value)
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def signed(value: Any, where: str) -> float:
+    _expect(_is_finite(value), where, "a finite number", value)
+    return cast(float, value)
+
+
+def positive(value: Any, where: str) -> float:
+    _expect(_is_finite(value) and value > 0, where, "a number above zero", value)
+    return cast(float, value)
+
+
+def image_size(value: Any, where: str) -> Tuple[int, int]:
+    """Height and width in pixels."""
+    valid = isinstance(value, list) and len(value) == 2
+    valid = valid and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= IMAGE_SIDE_MAX for n in value)
+    _expect(valid, where, f"height and width, each 1 to {IMAGE_SIDE_MAX} pixels", value)
+    return (value[0], value[1])
 
 
 def one_of(*allowed: str) -> Decoder[str]:
@@ -155,12 +187,36 @@ def extra() -> Any:
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: colour, resize, centre crop, then ``(pixel * scale - mean) / std``, in this order.
+
+    Pixels are 0 to 255. ``resize`` and ``crop`` are (height, width). ``mode`` "stretch" gives ``resize`` exactly;
+    "shortest-side" keeps the aspect ratio and just covers ``resize``, and is cropped to ``crop`` or else ``resize``.
+    ``mean`` and ``std`` have one number, or one a channel in the order of ``color``; empty means 0 and 1.
+    """
+
+    resize: Optional[Tuple[int, int]] = read(optional(image_size), default=None)
+    mode: str = read(one_of("stretch", "shortest-side"), default="stretch")
+    crop: Optional[Tuple[int, int]] = read(optional(image_size), default=None)
+    color: str = read(one_of("RGB", "BGR", "L"), default="RGB")
+    scale: float = read(positive, default=1.0)
+    mean: Tuple[float, ...] = read(tuple_of(signed, most=3), default=())
+    std: Tuple[float, ...] = read(tuple_of(positive, most=3), default=())
+    layout: str = read(one_of("NHWC", "NCHW"), default="NHWC")
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
 class TensorSpec:
-    """One input or output as the source model has it. ``None`` in ``shape`` is a dynamic dimension."""
+    """One input or output as the source model has it. ``None`` in ``shape`` is a dynamic dimension.
+
+    ``preprocessing`` says how an image becomes this input, where the user said so.
+    """
 
     name: str = read(text)
     dtype: str = read(one_of(*DTYPES))
     shape: Tuple[Optional[int], ...] = read(tuple_of(optional(count), most=32))
+    preprocessing: Optional[Preprocessing] = read(optional(struct(Preprocessing)), default=None)
     extra: Mapping[str, Any] = extra()
 
     def __str__(self) -> str:
@@ -249,6 +305,24 @@ class Check:
 
 
 @dataclass(frozen=True)
+class SetScore:
+    """How the artifact did on one set of samples, with the 95 % interval, and the source model on the same set.
+
+    ``samples`` is ``search`` (the choice was made with it) or ``holdout`` (it was only reported). ``metric`` says
+    what the figures are: an accuracy or an error with labels, else an agreement with the source.
+    """
+
+    samples: str = read(text)
+    metric: str = read(text)
+    value: float = read(signed)
+    low: float = read(signed)
+    high: float = read(signed)
+    count: int = read(count)
+    source: float = read(signed)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All of ``manifest.json``. ``provenance`` says where the artifact comes from and is for people to read."""
 
@@ -263,11 +337,12 @@ class Manifest:
     checks: Tuple[Check, ...] = read(tuple_of(struct(Check)))
     files: Mapping[str, FileEntry] = read(mapping_of(plain_name, struct(FileEntry)))
     provenance: Mapping[str, Any] = read(mapping_of(text, anything), default_factory=dict)
+    scores: Tuple[SetScore, ...] = read(tuple_of(struct(SetScore)), default=())
     extra: Mapping[str, Any] = extra()
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, UTF-8, one space of indent, no field at its default, a newline at the end."""
-        return canonical_json(_plain(self))
+        return canonical_json(to_json(self))
 
     @property
     def digest(self) -> str:
@@ -291,18 +366,19 @@ def _is_default(item: Any, value: Any) -> bool:
     return item.default is not dataclasses.MISSING and bool(value == item.default)
 
 
-def _plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Plain JSON data of a dataclass of this file, without its fields at their default."""
     if dataclasses.is_dataclass(value):
         fields = {
-            item.name: _plain(getattr(value, item.name))
+            item.name: to_json(getattr(value, item.name))
             for item in dataclasses.fields(value)
             if item.name != "extra" and not _is_default(item, getattr(value, item.name))
         }
         return {**cast(Any, value).extra, **fields}
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: to_json(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [to_json(item) for item in value]
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,11 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from edge_infer import admission, probe, worker
+from edge_infer import admission, evaluate, probe, user_code
 from edge_infer.bundle import Bundle
+from edge_infer.convert import ANSWERS_FILE, SAMPLE_ANSWERS_FILE, Read, spec_from_json, spec_to_json
 from edge_infer.errors import ConversionError, ParityError
 from edge_infer.manifest import Check
+from edge_infer.request import Request
 from edge_infer.runtime.session import load
+from edge_infer.samples import Samples
+from edge_infer.sets import Sets
+from edge_infer.steps import Made, Steps
 
 Array = np.ndarray[Any, Any]
 Feed = dict[str, Array]
@@ -46,40 +51,99 @@ TOLERANCES = {
     "float32": Tolerance(golden=1e-4, flips=0.0, peak=1e-4),
     "float16": Tolerance(golden=1e-2, flips=0.02, peak=2e-2),
     "int8-dynamic": Tolerance(golden=5e-2, flips=0.05, rms=0.15),
+    "int8-weights": Tolerance(golden=1e-2, flips=0.05, rms=0.05),
+    "int4-weights": Tolerance(golden=1e-2, flips=0.1, rms=0.35),
+    "int16x8": Tolerance(golden=1e-2, flips=0.05, rms=0.05),
     "int8": Tolerance(golden=5e-2, flips=0.05, rms=0.25),
+    "int8-mixed": Tolerance(golden=5e-2, flips=0.05, rms=0.25),
 }
 
 
-def answers(bundle: Bundle, feeds: Path, work: Path, log: Path) -> list[Feed]:
-    """Run the bundle on all feeds in a child process. Raises what the runtime raises."""
-    out = work / "answers.npz"
+def scoring(request: Request, model: Read, sets: Sets) -> dict[str, Any]:
+    """The part of a judgement's request that says which samples are scored, against what, by which metric."""
+    if not sets.search:
+        return {"sets": {}}
+    return {
+        "sets": {"search": list(sets.search), "holdout": list(sets.holdout)},
+        "samples": str(model.made.folder / sets.kind),
+        "inputs": [spec_to_json(spec) for spec in model.inputs],
+        "expected": str(model.made.folder / SAMPLE_ANSWERS_FILE),
+        "metric": request.metric,
+        "scored": request.scored,
+    }
+
+
+def judged(steps: Steps, request: dict[str, Any], title: str, identity: dict[str, str], bundle: Bundle) -> Made:
+    """Run ``judge`` as a step. Raises what the runtime raises, ConversionError when the engine itself crashes."""
     try:
-        worker.run("edge_infer.measure:answer", {"bundle": str(bundle.path), "feeds": str(feeds), "out": str(out)}, log)
+        return steps.run("edge_infer.measure:judge", request, title, identity)
     except ConversionError as error:  # the child crashed: nothing that the runtime raises is one
         artifact = bundle.manifest.artifact
         raise ConversionError(
             f"the engine itself fails on the {artifact.format} {artifact.precision} artifact: {error}", error.log
         ) from None
-    return probe.load_feeds(out)
 
 
-def answer(request: dict[str, str]) -> dict[str, Any]:
-    """The child's side of ``answers``. One thread, so that sums are added in the same order every time."""
-    with load(Path(request["bundle"]), threads=1, cache_dir=Path(request["out"]).parent) as session:
-        probe.save_feeds(Path(request["out"]), [session.run(feed) for feed in probe.load_feeds(Path(request["feeds"]))])
-    return {}
+def judge(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child: a bundle's answers to the probe inputs, and its scores on each set of samples.
+
+    One thread, so that sums are added in the same order every time.
+    """
+    out = Path(request["out"])
+    with load(Path(request["bundle"]), threads=1, cache_dir=out) as session:
+        feeds = probe.iter_feeds(Path(request["feeds"]))
+        probe.save_feeds(out / ANSWERS_FILE, (session.run(feed) for feed in feeds))
+        return _scores(request, lambda index, feed: session.run(feed))
 
 
-def bench(bundle: Bundle, threads: int, work: Path) -> dict[str, Any]:
-    """Time and memory of the bundle here, and its golden questions, in child processes of the device command line."""
+def judge_source(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child: the source's own scores, from the answers that its reader kept."""
+    expected = Path(request["expected"])
+    return _scores(request, lambda index, feed: next(probe.iter_feeds(expected, [index])))
+
+
+def _scores(request: dict[str, Any], answer: Callable[[int, Feed], Feed]) -> dict[str, Any]:
+    """Score on each set: one sample at a time, so that nothing is held but one figure for each."""
+    if not request["sets"]:
+        return {"scores": {}, "histograms": [], "depends_on": {}}
+    inputs = [spec_from_json(row) for row in request["inputs"]]
+    samples = Samples(Path(request["samples"]), inputs)
+    scores, histograms = {}, []
+    for name, indices in request["sets"].items():
+        judge = evaluate.Judge(request["metric"], request["scored"])
+        for index, expected in zip(indices, probe.iter_feeds(Path(request["expected"]), indices), strict=True):
+            labels = None if samples.labels is None else samples.label(index)
+            judge.add(expected, answer(index, samples.feed(index)), labels)
+        scores[name] = evaluate.to_json(judge.score())
+        histograms = judge.histograms()
+    return {"scores": scores, "histograms": histograms, "depends_on": user_code.imported_files()}
+
+
+def bench(request: dict[str, Any]) -> dict[str, Any]:
+    """In a child: a bundle's self-test, and its time and memory in a process that does nothing else."""
     environment = {
-        "EDGE_INFER_HOME": str(work / "store"),
+        "EDGE_INFER_HOME": str(Path(request["out"]) / "store"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    admission.run_child(sys.executable, ["selftest", str(bundle.path)], environment=environment)
+    admission.run_child(sys.executable, ["selftest", request["bundle"]], environment=environment)
     return admission.run_child(
-        sys.executable, ["bench", str(bundle.path), "--threads", str(threads)], environment=environment
+        sys.executable,
+        ["bench", request["bundle"], "--threads", str(request["threads"])],
+        environment=environment,
     )
+
+
+def bench_on(request: Request, bundle: Bundle, runs: int) -> dict[str, Any]:
+    """The same on the device of the request. Raises DeviceError."""
+    from edge_infer.deploy.conversation import open_transport
+    from edge_infer.deploy.push import measure
+
+    assert request.device is not None
+    transport = open_transport(request.device, **request.ssh_options)
+    try:
+        return dict(measure(bundle, transport, python=request.python, runs=runs))
+    finally:
+        transport.close()
 
 
 def compare(what: str, expected: Sequence[Feed], observed: Sequence[Feed], precision: str) -> tuple[Check, ...]:

@@ -1,84 +1,52 @@
-"""From a source model to a bundle that computes the same and fits its target."""
+"""From a source model to the bundle that fits its target best, with the evidence."""
 
 from __future__ import annotations
 
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_infer import __version__, convert, measure, quantize, worker
-from edge_infer.bundle import Bundle, describe_files, hash_file, refuse_to_overwrite, write_bundle
-from edge_infer.convert import Converted, ConvertOptions
+from edge_infer import convert, evaluate, quantize, steps
+from edge_infer.bundle import Bundle, replace_file, write_bundle
+from edge_infer.convert import ReadOptions
 from edge_infer.convert.source import Source, read_source
-from edge_infer.errors import ConversionError, EdgeInferError, EngineError, LimitError, UsageError
-from edge_infer.manifest import (
-    FORMATS,
-    MANIFEST_NAME,
-    PLAIN_NAME,
-    PRECISIONS,
-    SCHEMA,
-    Artifact,
-    Check,
-    Golden,
-    Manifest,
-    Requirement,
-    TensorSpec,
-)
-from edge_infer.probe import Feed
-from edge_infer.runtime.golden import write_golden
-from edge_infer.runtime.threads import default_threads
-from edge_infer.store import is_model_name
+from edge_infer.errors import ConversionError, EdgeInferError, EngineError, LimitError, ParityError, UsageError
+from edge_infer.evaluate import AGREEMENT, Score
+from edge_infer.quantize import mixed
+from edge_infer.report import html
+from edge_infer.report.record import Findings, make_record
+from edge_infer.request import Request, check_request, limits
+from edge_infer.search import Candidate, Limit, Verdict, decide
+from edge_infer.sets import Sets, choose_sets
+from edge_infer.steps import Steps
 from edge_infer.target import EngineProfile, TargetProfile, read_target
+from edge_infer.workshop import Built, Workshop
 
-GOLDEN = "golden.npz"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to package and how; the defaults are the command line's.
-
-    ``target`` is a profile's name or a ``.toml`` file. ``inputs`` gives or overrides the source's inputs.
-    ``calibration`` is an ``.npz`` with samples along the first axis of one array an input.
-    """
-
-    source: Path
-    target: str
-    output: Path
-    format: str = "auto"
-    precision: str = "auto"
-    calibration: Path | None = None
-    inputs: tuple[TensorSpec, ...] = ()
-    factory: str | None = None
-    signature: str | None = None
-    trust_pickle: bool = False
-    name: str | None = None
-    version: str = "1"
-    attach: tuple[Path, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One artifact that was tried. ``error`` says why it was dropped; ``measured`` is of this machine."""
-
-    format: str
-    precision: str
-    size: int | None = None
-    checks: tuple[Check, ...] = ()
-    measured: dict[str, Any] = field(default_factory=dict)
-    error: EdgeInferError | None = None
+Plan = list[tuple[EngineProfile, str]]
+#: Artifacts that the search for mixed precision may build and run.
+MIXED_BUDGET = 32
+#: Precisions whose report shows what quantization costs each layer.
+MEASURED_LAYERS = ("int8", "int8-mixed")
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """The bundle written, the candidate it is, and those dropped on the way."""
+    """The bundle written, the candidate it is, all candidates with the verdict on them, the record and its page."""
 
     bundle: Bundle
     chosen: Candidate
-    dropped: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
+    verdict: Verdict
+    record: dict[str, Any]
+    report: Path
+
+    @property
+    def dropped(self) -> tuple[Candidate, ...]:
+        """Those that did not fit."""
+        return tuple(item for item in self.candidates if item.id in self.verdict.reasons)
 
 
 Progress = Callable[[str], None]
@@ -87,64 +55,42 @@ Progress = Callable[[str], None]
 def package(request: Request, progress: Progress = lambda step: None, log: Path | None = None) -> Packaged:
     """Package a model.
 
-    With ``auto`` the target's engines and precisions are tried in its order of preference, and the first artifact
-    that passes its checks and the target's limits is taken. ``progress`` is told each step; the converters'
-    output goes to ``log``.
+    Every engine and precision asked for (with ``auto``: all that the target lists) is made, run with the device's own
+    runtime and measured; of those within the limits the preferred one becomes the bundle, and a report lies beside it.
+    ``progress`` is told each step; the converters' output goes to ``log``.
 
     Raises UsageError (the request), ConversionError and ParityError (the converters), LimitError (nothing fits).
-    On any error nothing is left behind, and an older bundle at ``output`` stays.
+    On any error no bundle is left behind, and an older one at ``output`` stays.
     """
     target = read_target(request.target)
-    _check_request(request)
+    check_request(request)
     source = read_source(request.source)
     plan = _plan(request, target, source)
-    with tempfile.TemporaryDirectory(prefix="edge-infer-package-") as folder:
-        work = Path(folder)
-        packaging = _Packaging(request, target, source, work, log or work / "log.txt", progress)
-        return packaging.first_that_fits(plan)
+    with _cache(request) as root, tempfile.TemporaryDirectory(prefix=".", dir=root) as scratch:
+        run = Steps(root, log or Path(scratch) / "log.txt", progress)
+        try:
+            packaged = _Packaging(request, target, source, run, Path(scratch)).package(plan)
+        finally:
+            steps.trim(root, steps.MAX_BYTES, run.used)
+    return packaged
 
 
-def _check_request(request: Request) -> None:
-    for value, known, option in (
-        (request.format, FORMATS, "--format"),
-        (request.precision, PRECISIONS, "--precision"),
-    ):
-        if value not in ("auto", *known):
-            raise UsageError(f"{option} {value} is not known, expected auto, {', '.join(known)}")
-    if not is_model_name(_name(request)):
-        raise UsageError(f"{_name(request)!r} cannot name a model; give --name with letters, digits and ._+- only")
-    if not PLAIN_NAME.match(request.version):
-        raise UsageError(f"--version {request.version!r}, expected letters, digits and ._+- only")
-    if request.calibration is not None and not request.calibration.is_file():
-        raise UsageError(f"there is no calibration file {request.calibration}")
-    if request.precision in quantize.CALIBRATED and request.calibration is None:
-        raise UsageError(f"--precision {request.precision} needs real samples; give them with --calibration FILE.npz")
-    if len({spec.name for spec in request.inputs}) != len(request.inputs):
-        raise UsageError("--input names the same input twice")
-    reserved = {MANIFEST_NAME, GOLDEN, "model.tflite", "model.onnx", "model.torchscript", "weights.bin"}
-    names = [path.name for path in request.attach]
-    for path in request.attach:
-        if not path.is_file():
-            raise UsageError(f"there is no file {path} to attach")
-        if path.name in reserved or not PLAIN_NAME.match(path.name) or names.count(path.name) > 1:
-            raise UsageError(f"{path.name!r} cannot be attached: the name is taken or not plain; rename the file")
-    refuse_to_overwrite(request.output)
+@contextmanager
+def _cache(request: Request) -> Iterator[Path]:
+    if request.cache:
+        root = steps.cache_root()
+        root.mkdir(parents=True, exist_ok=True)
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="edge-infer-") as folder:
+        yield Path(folder)
 
 
-def _name(request: Request) -> str:
-    return request.name or request.output.name.removesuffix(".edge")
-
-
-def _plan(request: Request, target: TargetProfile, source: Source) -> list[tuple[EngineProfile, str]]:
-    """Engine and precision pairs to try, in order. Raises UsageError when a named one is not to be had."""
+def _plan(request: Request, target: TargetProfile, source: Source) -> Plan:
+    """Engine and precision pairs to try, in the target's order. Raises UsageError when a named one is not to be had."""
     reachable = convert.formats_for(source)
     if request.format == "auto":
         engines = [engine for engine in target.engines if engine.format in reachable]
-        if not engines:
-            raise UsageError(
-                f"{target.name} runs {', '.join(engine.format for engine in target.engines)}, and {source.kind} models "
-                f"become {', '.join(reachable)} only; choose another target or export the model differently"
-            )
     else:
         engines = [target.engine(request.format)]
     plan = []
@@ -163,210 +109,168 @@ def _plan(request: Request, target: TargetProfile, source: Source) -> list[tuple
     return plan
 
 
-@dataclass
-class _Built:
-    """An artifact in one precision with its answers to the probe inputs."""
-
-    folder: Path
-    facts: dict[str, Any]
-    answers: list[Feed]
-    checks: tuple[Check, ...]
-
-
 class _Packaging:
-    """One run: what was converted and built so far, so that candidates share it."""
+    """One run: the source that was read, the candidates so far, the artifacts behind them."""
 
-    def __init__(
-        self, request: Request, target: TargetProfile, source: Source, work: Path, log: Path, progress: Progress
-    ) -> None:
-        self.request, self.target, self.source = request, target, source
-        self.work, self.log, self.progress = work, log, progress
-        self._results: dict[tuple[str, ...], Any] = {}
-
-    def first_that_fits(self, plan: Sequence[tuple[EngineProfile, str]]) -> Packaged:
-        dropped: list[Candidate] = []
-        for engine, precision in plan:
-            try:
-                draft, candidate = self._candidate(engine, precision)
-            except (ConversionError, EngineError, LimitError) as error:
-                if len(plan) == 1:
-                    raise
-                dropped.append(Candidate(engine.format, precision, error=error))
-                continue
-            bundle = write_bundle(draft.manifest, draft.path, self.request.output)
-            return Packaged(bundle, candidate, tuple(dropped))
-        raise _nothing_fits(self.target, dropped)
-
-    def _candidate(self, engine: EngineProfile, precision: str) -> tuple[Bundle, Candidate]:
-        built = self._build(engine.format, precision)
-        bundle = self._bundle(built, engine, precision)
-        # Here and not where artifacts are made: float32 is also built to compare with, whatever engine it needs.
-        _check_engine(bundle.manifest.artifact.requires[0], engine, self.target)
-        _check_size(bundle.manifest, self.target)
-        self.progress(f"measuring {engine.format} {precision}")
-        measured = measure.bench(bundle, min(self.target.cores, default_threads()), self.work)
-        _check_memory(measured, self.target)
-        size = bundle.manifest.size
-        return bundle, Candidate(engine.format, precision, size, bundle.manifest.checks, measured)
-
-    def _once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, or the error it raised, remembered: candidates share conversions."""
-        if key not in self._results:
-            try:
-                self._results[key] = make()
-            except (ConversionError, EngineError) as error:
-                self._results[key] = error
-        result = self._results[key]
-        if isinstance(result, EdgeInferError):
-            raise result
-        return result
-
-    def _convert(self, format: str) -> Converted:
-        def make() -> Converted:
-            self.progress(f"converting {self.source.path.name} to {format}")
-            calibration = self.request.calibration
-            options = ConvertOptions(
-                self.request.inputs,
-                self.request.factory,
-                self.request.signature,
-                self.request.trust_pickle,
-                calibration.resolve() if calibration else None,
-            )
-            return convert.convert(self.source, format, options, self.work / format, self.log)
-
-        converted: Converted = self._once(("convert", format), make)
-        return converted
-
-    def _build(self, format: str, precision: str) -> _Built:
-        built: _Built = self._once(("build", format, precision), lambda: self._build_checked(format, precision))
-        return built
-
-    def _build_checked(self, format: str, precision: str) -> _Built:
-        """Make and check an artifact: float32 against the source, any other precision against float32."""
-        converted = self._convert(format)
-        base = None if precision == "float32" else self._build(format, "float32")
-        self.progress(f"building {format} {precision}")
-        folder = self.work / format / precision
-        folder.mkdir()
-        request = self._build_request(converted, precision, folder)
-        facts = worker.run(f"{quantize.BUILDERS[format]}:build", request, self.log)
-        self.progress(f"checking {format} {precision}")
-        expected = base.answers if base else converted.source_answers()
-        built = _Built(folder, facts, expected, ())
-        draft = self._bundle(built, self.target.engine(format), precision)
-        built.answers = measure.answers(draft, converted.work / convert.INPUTS_FILE, folder, self.log)
-        what = f"{precision} against float32" if base else "float32 against the source"
-        built.checks = (*(base.checks if base else ()), *measure.compare(what, expected, built.answers, precision))
-        return built
-
-    def _build_request(self, converted: Converted, precision: str, folder: Path) -> dict[str, Any]:
-        return {
-            "work": str(converted.work),
-            "out": str(folder),
-            "details": converted.details,
-            "inputs": [convert.spec_to_json(spec) for spec in converted.inputs],
-            "precision": precision,
-            "calibration": str(self.request.calibration.resolve()) if self.request.calibration else None,
-            "page_size_bytes": self.target.page_size_bytes,
-            "architecture": self.target.architecture,
-            "cpu_features": list(self.target.cpu_features),
-        }
-
-    def _bundle(self, built: _Built, engine: EngineProfile, precision: str) -> Bundle:
-        """A complete bundle in the work folder, with the answers known so far as its golden ones."""
-        converted = self._convert(engine.format)
-        feeds = converted.probe_inputs()
-        choice = measure.choose_golden(feeds, built.answers, precision)
-        files = {name: built.folder / name for name in (built.facts["model"], built.facts["weights"]) if name}
-        files |= {path.name: path for path in self.request.attach}
-        folder = Path(tempfile.mkdtemp(dir=self.work))
-        for name, path in files.items():
-            shutil.copyfile(path, folder / name)
-        cases = [(feeds[case], built.answers[case]) for case in choice.cases]
-        write_golden(folder / GOLDEN, converted.inputs, converted.outputs, cases)
-        manifest = Manifest(
-            schema=SCHEMA,
-            name=_name(self.request),
-            version=self.request.version,
-            target=self.target.facts(),
-            artifact=self._artifact(built, engine, precision),
-            inputs=converted.inputs,
-            outputs=converted.outputs,
-            golden=Golden(GOLDEN, len(choice.cases), choice.tolerance, choice.blind),
-            checks=built.checks,
-            files=describe_files(folder, [*files, GOLDEN]),
-            provenance=self._provenance(converted, built),
+    def __init__(self, request: Request, target: TargetProfile, source: Source, run: Steps, scratch: Path) -> None:
+        self.request, self.target = request, target
+        calibration = _data(request.calibration)
+        evaluation = _data(request.evaluation)
+        options = ReadOptions(
+            request.inputs,
+            request.preprocess,
+            request.factory,
+            request.signature,
+            request.trust_pickle,
+            calibration,
+            evaluation,
+            request.metric != AGREEMENT,
         )
-        return write_bundle(manifest, folder, folder / "bundle")
+        self.model = convert.read(source, options, run)
+        self.sets: Sets = choose_sets(
+            self.model.samples("calibration"), self.model.samples("evaluation"), self.model.made.answer["samples"]
+        )
+        self.shop = Workshop(request, target, self.model, self.sets, run, scratch)
+        self.limits = [*limits(request, target), *self._score_limits()]
+        self.candidates: list[Candidate] = []
+        self.built: dict[str, Built] = {}
+        self.trials: dict[str, Sequence[dict[str, Any]]] = {}
 
-    def _artifact(self, built: _Built, engine: EngineProfile, precision: str) -> Artifact:
-        facts = built.facts
-        requires = [Requirement(package, version) for package, version in facts["requires"]]
-        # The device's own package first: it is the one that error messages tell people to install.
-        requires.sort(key=lambda item: item.package != engine.package)
-        return Artifact(
-            format=engine.format,
-            precision=precision,
-            model=facts["model"],
-            requires=tuple(requires),
-            operators=tuple(facts["operators"]),
-            providers=engine.providers,
-            weights=facts["weights"],
-            signature=facts["signature"],
-            prepack=facts["prepack"],
+    def package(self, plan: Plan) -> Packaged:
+        for order, (engine, precision) in enumerate(plan):
+            # A place between this one and the next is for the mixed precision that may stand in for int8.
+            tried = self._try(engine, precision, 2 * order)
+            if precision == "int8" and self.request.precision == "auto" and self._asks_for_mixed(tried):
+                self._try(engine, "int8-mixed", 2 * order + 1)
+        verdict = decide(self.candidates, self.limits, self.request.prefer)
+        if verdict.chosen is None:
+            raise self._nothing_fits(verdict)
+        chosen = verdict.chosen
+        draft = self.shop.draft(self.built[chosen.id])
+        findings = self._findings(self.built[chosen.id], chosen)
+        bundle = write_bundle(draft.manifest, draft.path, self.request.output)
+        record = make_record(self.request, self.candidates, self.limits, verdict, findings, bundle)
+        report = report_path(self.request.output)
+        replace_file(report, html.render(record).encode(), durable=False)
+        return Packaged(bundle, chosen, tuple(self.candidates), verdict, record, report)
+
+    def _findings(self, built: Built, chosen: Candidate) -> Findings:
+        """What the report says of the chosen artifact besides its figures."""
+        source = self.model.source
+        samples = self.model.made.answer["samples"]
+        layers: list[dict[str, Any]] = []
+        if chosen.precision in MEASURED_LAYERS and chosen.format in quantize.SENSITIVE:
+            kept = set(chosen.kept_float)
+            with suppress(ConversionError):  # evidence that cannot be had is missing from the report, no more
+                layers = [{**row, "kept_float": row["name"] in kept} for row in self.shop.sensitivity(built.engine)]
+        return Findings(
+            kind=source.kind,
+            hashes={"source": source.sha256, **{kind: row["sha256"] for kind, row in samples.items() if row}},
+            source_scores=self.shop.source_scores(),
+            sets=self.sets,
+            layers=layers,
+            histograms=built.judged.answer["histograms"] if built.judged else (),
+            trials=self.trials.get(chosen.id, ()),
         )
 
-    def _provenance(self, converted: Converted, built: _Built) -> dict[str, Any]:
-        calibration = self.request.calibration
-        return {
-            "source": {"file": self.source.path.name, "kind": self.source.kind, "sha256": self.source.sha256},
-            "calibration_sha256": hash_file(calibration.resolve()) if calibration else None,
-            "tools": {
-                "edge-infer": __version__,
-                "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-                **converted.details["tools"],
-                **built.facts["tools"],
-            },
-        }
+    def _try(self, engine: EngineProfile, precision: str, order: int) -> Candidate:
+        try:
+            kept, share = self._mixed(engine) if precision == "int8-mixed" else ((), 0.0)
+            built = self.shop.artifact(engine, precision, kept)
+            candidate = self.shop.candidate(built, order, kept, share)
+            self.built[candidate.id] = built
+        except (ConversionError, EngineError, LimitError) as error:
+            candidate = Candidate(engine.format, precision, order, error=error)
+        self.candidates.append(candidate)
+        return candidate
 
+    # ---- the score
 
-def _check_engine(requirement: Requirement, engine: EngineProfile, target: TargetProfile) -> None:
-    from edge_infer.runtime.engines import at_least
+    def _score_limits(self) -> list[Limit]:
+        """The floor (for errors: the ceiling) of the score: the user's own, and what may be lost of the source's."""
+        source = self.shop.source_scores().get("search")
+        if source is None:
+            return []
+        found = []
+        if self.request.min_score is not None:
+            found.append(_score_limit(source, self.request.min_score, "--min-accuracy"))
+        drop = self.target.max_accuracy_drop if self.request.max_drop is None else self.request.max_drop
+        origin = f"target {self.target.name}" if self.request.max_drop is None else "--max-accuracy-drop"
+        found.append(_score_limit(source, evaluate.allowed(source, drop), f"{origin}: a loss of {drop:.2%}"))
+        return found
 
-    if requirement.package == engine.package and not at_least(engine.version, requirement.version):
-        raise LimitError(
-            f"the artifact needs {requirement}, {target.name} has {engine.package} {engine.version}; "
-            "choose another precision or format, or a target with a newer engine"
+    def _asks_for_mixed(self, candidate: Candidate) -> bool:
+        """Whether int8 computes something else, or too badly, and there is a score that says what is good enough."""
+        scored = [limit for limit in self.limits if limit.name == "score"]
+        bad = isinstance(candidate.error, ParityError) or any(limit.excess(candidate) > 0 for limit in scored)
+        return bool(scored) and bad and "int8-mixed" in quantize.PRECISIONS[candidate.format]
+
+    # ---- mixed precision
+
+    def _mixed(self, engine: EngineProfile) -> tuple[tuple[str, ...], float]:
+        """The layers to keep in float so that the score's limits are met, and their share of the weights' bytes."""
+        wanted = [limit for limit in self.limits if limit.name == "score"]
+        if not wanted:
+            raise UsageError("--precision int8-mixed needs samples to judge by; give --calibration or --evaluate")
+        strictest = max(wanted, key=lambda limit: limit.allowed if limit.least else -limit.allowed)
+        sign = 1.0 if strictest.least else -1.0
+
+        layers = [mixed.Layer(**row) for row in self.shop.sensitivity(engine)]
+
+        def score(keep: frozenset[str]) -> float:
+            # With every layer in float it is float32, which builders refuse to call int8.
+            whole = len(keep) == len(layers)
+            built = self.shop.artifact(engine, *(("float32",) if whole else ("int8-mixed", sorted(keep))))
+            found = built.score("search")
+            assert found is not None  # there are limits on it, so it is measured
+            return sign * found.value
+
+        found = mixed.search(layers, score, sign * strictest.allowed, MIXED_BUDGET)
+        self.trials[f"{engine.format} int8-mixed"] = [asdict(trial) for trial in found.trials]
+        if found.bytes_share == 1:
+            raise ConversionError("int8 costs too much in every layer that has weights; float32 is what is left")
+        return found.keep_float, found.bytes_share
+
+    # ---- when nothing fits
+
+    def _nothing_fits(self, verdict: Verdict) -> EdgeInferError:
+        if verdict.nothing_fits is None:
+            return self._nothing_measured([item.error for item in self.candidates if item.error])
+        found = verdict.nothing_fits
+        error = LimitError(
+            f"nothing fits {self.target.name}: nearest is {found.nearest.id}, whose "
+            f"{verdict.reasons[found.nearest.id]}; {found.relax}"
         )
+        findings = self._findings(self.built[found.nearest.id], found.nearest)
+        error.record = make_record(self.request, self.candidates, self.limits, verdict, findings, None)
+        return error
+
+    def _nothing_measured(self, errors: Sequence[EdgeInferError]) -> EdgeInferError:
+        """The error for a plan of which nothing was made: a limit when one was the reason, else the conversions."""
+        if len({str(error) for error in errors}) == 1:
+            return errors[0]
+        by_reason: dict[str, list[str]] = {}
+        for item in self.candidates:
+            by_reason.setdefault(str(item.error), []).append(item.id)
+        reasons = "; ".join(f"{', '.join(ids)}: {reason}" for reason, ids in by_reason.items())
+        if any(isinstance(error, LimitError) for error in errors):
+            return LimitError(f"nothing fits {self.target.name}: {reasons}")
+        log = next((error.log for error in errors if isinstance(error, ConversionError) and error.log), "")
+        return ConversionError(f"no conversion for {self.target.name} succeeded: {reasons}", log)
 
 
-def _check_size(manifest: Manifest, target: TargetProfile) -> None:
-    size = manifest.size + len(manifest.to_bytes())
-    if size > target.storage_limit_bytes:
-        raise LimitError(
-            f"the {manifest.artifact.precision} bundle has {size:,} bytes, {target.name} allows "
-            f"{target.storage_limit_bytes:,} ({target.model_storage_share:.0%} of its storage); "
-            "choose a smaller precision or another target"
-        )
+def _score_limit(source: Score, allowed: float, origin: str) -> Limit:
+    return Limit("score", allowed, source.name, origin, least=source.higher_is_better)
 
 
-def _check_memory(measured: dict[str, Any], target: TargetProfile) -> None:
-    if measured["peak_bytes"] > target.ram_limit_bytes:
-        raise LimitError(
-            f"running it took {measured['peak_bytes']:,} bytes of memory at its peak (engine included, measured here), "
-            f"{target.name} allows {target.ram_limit_bytes:,} ({target.model_ram_share:.0%} of its memory); "
-            "choose a smaller precision, another format or another target"
-        )
+def report_path(output: Path) -> Path:
+    """The report lies beside the bundle: ``digits.report.html`` for ``digits.edge``."""
+    return output.with_name(f"{output.name.removesuffix('.edge')}.report.html")
 
 
-def _nothing_fits(target: TargetProfile, dropped: Sequence[Candidate]) -> EdgeInferError:
-    """The error for a plan of which nothing was left: a limit when one was the reason, else the conversions."""
-    if len({str(item.error) for item in dropped}) == 1 and dropped[0].error:
-        return dropped[0].error  # the source cannot even be read
-    reasons = "; ".join(f"{item.format} {item.precision}: {item.error}" for item in dropped)
-    limited = any(isinstance(item.error, LimitError) for item in dropped)
-    if limited:
-        return LimitError(f"nothing fits {target.name}: {reasons}")
-    logs = [item.error.log for item in dropped if isinstance(item.error, ConversionError)]
-    log = next((log for log in reversed(logs) if log), "")
-    return ConversionError(f"no conversion for {target.name} succeeded: {reasons}", log)
+def _data(where: str | Path | None) -> str | None:
+    """Files by their full path, as children may run elsewhere; a callable stays as it is."""
+    if where is None:
+        return None
+    path = Path(where)
+    return str(path.resolve()) if path.exists() else str(where)

@@ -6,7 +6,7 @@ calibration data, otherwise several kinds of noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from edge_infer.errors import ConversionError
 from edge_infer.manifest import DTYPES, TensorSpec
-from edge_infer.quantize.calibration import Calibration
-from edge_infer.runtime.arrays import write_npz
+from edge_infer.runtime.arrays import write_items
+from edge_infer.samples import Samples
 
 Array = np.ndarray[Any, Any]
 Feed = dict[str, Array]
@@ -29,14 +29,23 @@ BATCHES, LENGTHS = (1, 2, 3), (32, 64)
 STRETCHES = (2.0, 0.5)
 
 
-def make_feeds(inputs: Sequence[TensorSpec], calibration: Path | None) -> list[Feed]:
-    """Inputs by name, one dict a case. Raises UsageError when the calibration data does not fit the inputs."""
+def make_feeds(inputs: Sequence[TensorSpec], samples: Samples | None) -> list[Feed]:
+    """Inputs by name, one dict a case: real samples where there are any."""
     rng = np.random.default_rng(SEED)
-    if calibration is None:
+    if samples is None:
         return [_noise(inputs, case, rng) for case in range(NOISE_CASES)]
-    data = Calibration(calibration, inputs)
-    order = rng.permutation(data.count)
-    return [data.feed(int(order[case % data.count]), BATCHES[case % 3]) for case in range(CALIBRATED_CASES)]
+    order = rng.permutation(samples.count)
+    return [samples.feed(int(order[case % samples.count]), BATCHES[case % 3]) for case in range(CALIBRATED_CASES)]
+
+
+def examples(inputs: Sequence[TensorSpec], feeds: Sequence[Feed]) -> list[Feed]:
+    """Noise in each of the shapes of ``feeds``, for converters that trace: they need shapes and not the samples."""
+    rng = np.random.default_rng(SEED)
+    shapes = {tuple(feed[spec.name].shape for spec in inputs): None for feed in feeds}
+    return [
+        {spec.name: _draw(np.dtype(spec.dtype), shape, case, rng) for spec, shape in zip(inputs, row, strict=True)}
+        for case, row in enumerate(shapes)
+    ]
 
 
 def _noise(inputs: Sequence[TensorSpec], case: int, rng: np.random.Generator) -> Feed:
@@ -95,15 +104,29 @@ def observed_specs(names: Sequence[str], answers: Sequence[Feed]) -> list[Tensor
     return specs
 
 
-def save_feeds(path: Path, feeds: Sequence[Feed]) -> None:
-    """Store cases of arrays by name; names may hold any character, so they go into an array of their own."""
-    names = sorted(feeds[0])
-    arrays = {f"{case}.{index}": feed[name] for case, feed in enumerate(feeds) for index, name in enumerate(names)}
-    write_npz(path, {"names": np.array(names), **arrays})
+def save_feeds(path: Path, feeds: Iterable[Feed]) -> None:
+    """Store cases of arrays by name, one in memory at a time; names may hold any character, so they stand apart."""
+    write_items(path, _items(feeds))
+
+
+def _items(feeds: Iterable[Feed]) -> Iterator[tuple[str, Array]]:
+    names: list[str] = []
+    for case, feed in enumerate(feeds):
+        if not names:
+            names = sorted(feed)
+            yield "names", np.array(names)
+        yield from ((f"{case}.{index}", feed[name]) for index, name in enumerate(names))
 
 
 def load_feeds(path: Path) -> list[Feed]:
+    return list(iter_feeds(path))
+
+
+def iter_feeds(path: Path, cases: Iterable[int] | None = None) -> Iterator[Feed]:
+    """The cases of a file, or those asked for, one in memory at a time."""
     with np.load(path, allow_pickle=False) as file:
         names = [str(name) for name in file["names"]]
-        cases = (len(file.files) - 1) // len(names)
-        return [{name: file[f"{case}.{index}"] for index, name in enumerate(names)} for case in range(cases)]
+        if cases is None:
+            cases = range((len(file.files) - 1) // len(names))
+        for case in cases:
+            yield {name: file[f"{case}.{index}"] for index, name in enumerate(names)}

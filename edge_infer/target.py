@@ -34,7 +34,8 @@ class EngineProfile:
 class TargetProfile:
     """A device. ``page_size_bytes`` is the largest its kernels use; ``python`` the oldest there, as ``3.11``.
 
-    ``model_ram_share`` and ``model_storage_share`` are the parts of RAM and storage that one model may take.
+    ``model_ram_share`` and ``model_storage_share`` are the parts of RAM and storage that one model may take,
+    ``max_accuracy_drop`` the share of the source's accuracy that it may lose unless the user says otherwise.
     ``cpu_features`` are names of /proc/cpuinfo that every such device has. ``sources`` back the figures.
     """
 
@@ -48,6 +49,7 @@ class TargetProfile:
     model_ram_share: float
     storage_bytes: int
     model_storage_share: float
+    max_accuracy_drop: float
     python: str
     sources: tuple[str, ...]
     engines: tuple[EngineProfile, ...]
@@ -146,6 +148,10 @@ def _check(profile: TargetProfile, path: Path) -> None:
     for share in (profile.model_ram_share, profile.model_storage_share):
         if not 0 < share <= 1:
             raise UsageError(f"{path}: a share of {share} was given, expected more than 0 and at most 1")
+    if not 0 <= profile.max_accuracy_drop < 1:
+        raise UsageError(
+            f"{path}: max_accuracy_drop is {profile.max_accuracy_drop}, expected a share of at least 0 and less than 1"
+        )
     page = profile.page_size_bytes
     if page < 4096 or page & (page - 1):
         raise UsageError(f"{path}: page_size_bytes is {page}, expected a power of two of at least 4096")

@@ -20,6 +20,7 @@ from typing import Any
 
 from edge_infer.admission import describe, rebuild
 from edge_infer.errors import ConversionError, EdgeInferError
+from edge_infer.runtime.engines import OUT_OF_MEMORY_WORDS
 
 #: The frameworks' own chatter, switched off where a variable does it.
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "PYTHONWARNINGS": "ignore"}
@@ -44,13 +45,16 @@ def run(call: str, request: dict[str, Any], log: Path) -> dict[str, Any]:
                 check=False,
             )
         if not answer_file.is_file():
-            raise ConversionError(f"{call} {_death(done.returncode)}; run again with -v to see its output", _text(log))
+            words = f"{call} {_death(done.returncode)}; run again with -v to see its output"
+            raise ConversionError(words, _text(log), lasting=False)
         answer: dict[str, Any] = json.loads(answer_file.read_text())
     if "error" not in answer:
         return answer
     error = rebuild(answer["error"])
     if isinstance(error, ConversionError) and not answer["explained"]:
-        error.log = _text(log)
+        raise ConversionError(str(error), _text(log), lasting=False)
+    if isinstance(error, ConversionError):
+        error.lasting = answer["lasting"]
     raise error
 
 
@@ -81,7 +85,7 @@ def main(folder: str) -> None:
         answer = getattr(importlib.import_module(module), function)(request["request"])
     except EdgeInferError as error:
         traceback.print_exc()
-        answer = {"error": describe(error), "explained": True}
+        answer = {"error": describe(error), "explained": True, "lasting": not _passing(error)}
     except Exception as error:  # a framework's own, whatever it is
         traceback.print_exc()
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
@@ -92,6 +96,18 @@ def main(folder: str) -> None:
     sys.stderr.flush()
     # Frameworks that share a process may crash in their own clean-up, after the work is done and answered.
     os._exit(0)
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether the machine was at fault and not the model: the same may succeed another time."""
+    causes = [error]
+    # Code may name an error as its own cause.
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(
+        isinstance(item, (MemoryError, OSError, ImportError)) or any(word in str(item) for word in OUT_OF_MEMORY_WORDS)
+        for item in causes
+    )
 
 
 if __name__ == "__main__":

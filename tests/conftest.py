@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,10 @@ import pytest
 
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.manifest import TensorSpec
+
+#: What the tests package is kept for the session and not with the user's own. Set before anything is packaged.
+CACHE = tempfile.TemporaryDirectory(prefix="edge-infer-test-cache-")
+os.environ["EDGE_INFER_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "build" / "models"
@@ -40,6 +46,15 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     home = tmp_path_factory.mktemp("edge-infer-home")
     monkeypatch.setenv("EDGE_INFER_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def converters(own_home: Path) -> Path:
+    """The converters with environments of their own, which scripts/test installs once, in this test's home."""
+    installed = ROOT / "build" / "converters-home" / "converters"
+    assert installed.is_dir(), f"{installed} is missing; run scripts/test, which makes it"
+    (own_home / "converters").symlink_to(installed)
+    return installed
 
 
 @pytest.fixture(scope="session")

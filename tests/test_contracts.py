@@ -18,7 +18,7 @@ import torch_models
 
 from edge_infer import load
 from edge_infer.bundle import Bundle
-from edge_infer.cli.package import parse_input
+from edge_infer.cli.options import parse_input
 from edge_infer.package import Request, package
 
 Arrays = dict[str, np.ndarray]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,14 @@ COMBINATIONS = [
     ("torch.onnx", "onnx", "float16"),
     ("torch.onnx", "onnx", "int8-dynamic"),
     ("torch.onnx", "onnx", "int8"),
+    ("torch.onnx", "onnx", "int4-weights"),
+    ("torch.onnx", "onnx", "int8-mixed"),
+    ("keras.keras", "tflite", "int8-weights"),
+    ("keras.keras", "tflite", "int4-weights"),
+    ("keras.keras", "tflite", "int16x8"),
+    ("keras.keras", "tflite", "int8-mixed"),
+    ("keras.keras", "onnx", "int8"),
+    ("torch_export.pt2", "tflite", "int8"),
 ]
 #: A float32 bundle of each format, to hold the quantized ones against.
 FLOAT32 = {format: form for form, format, precision in COMBINATIONS if precision == "float32"}
@@ -50,7 +57,8 @@ def output_of(form: str) -> str:
 
 def test_nothing_is_left_out() -> None:
     assert {form for form, _, _ in COMBINATIONS} == set(FORMS)
-    assert {(format, precision) for _, format, precision in COMBINATIONS} == {
+    # The profiles' onnxruntime is too old for 8-bit blocks: test_onnx_quantize.py runs those.
+    assert {(format, precision) for _, format, precision in COMBINATIONS} | {("onnx", "int8-weights")} == {
         (format, precision) for format, precisions in PRECISIONS.items() for precision in precisions
     }
 
@@ -104,8 +112,9 @@ class TestDigits:
     ) -> None:
         provenance = packaged(form, format, precision).manifest.provenance
         assert provenance["source"]["file"] == form
-        framework = {"tflite": "tensorflow", "torchscript": "torch", "onnx": "onnx"}[format]
-        assert framework in provenance["tools"]
+        assert {"tflite": "ai-edge-quantizer", "torchscript": "torch", "onnx": "onnx"}[format] in provenance["tools"]
+        source = "tensorflow" if form.startswith("keras") else "onnx" if form.endswith(".onnx") else "torch"
+        assert source in provenance["tools"]
 
 
 @pytest.mark.parametrize(
@@ -175,18 +184,19 @@ def test_torchscript_holds_no_path_of_this_machine(packaged: Packaged) -> None:
 
 
 def test_auto_takes_the_first_preference_of_the_target_that_passes(models: Path, tmp_path: Path) -> None:
-    done = package(digits_request(models / "torch.onnx", tmp_path / "d.edge"))
+    done = package(digits_request(models / "torch.onnx", tmp_path / "d.edge", format="onnx"))
     engine = read_target("cpu-x86_64").engines[0]
     assert (done.chosen.format, done.chosen.precision) == (engine.format, engine.precisions[0]) == ("onnx", "int8")
-    assert done.dropped == ()
+    assert [item.precision for item in done.candidates if item.error is None][:2] == ["int8", "float32"]
     assert done.chosen.measured["p50_ms"] > 0
-    assert done.chosen.size == done.bundle.manifest.size
+    assert done.chosen.size == sum(file.stat().st_size for file in done.bundle.path.iterdir())
 
 
 def test_without_calibration_auto_passes_over_int8(models: Path, tmp_path: Path) -> None:
-    done = package(digits_request(models / "torch.onnx", tmp_path / "d.edge", calibration=None))
+    done = package(digits_request(models / "torch.onnx", tmp_path / "d.edge", format="onnx", calibration=None))
     assert (done.chosen.format, done.chosen.precision) == ("onnx", "float32")
-    assert done.bundle.manifest.provenance["calibration_sha256"] is None
+    assert done.bundle.manifest.provenance["samples_sha256"] == {}
+    assert done.bundle.manifest.scores == ()
 
 
 def test_what_is_asked_for_goes_over_the_targets_preference(packaged: Packaged) -> None:
@@ -219,9 +229,13 @@ def test_name_version_and_attachments_land_in_the_bundle(models: Path, tmp_path:
 
 def test_each_step_is_told(models: Path, tmp_path: Path) -> None:
     steps: list[str] = []
-    package(digits_request(models / "torch.onnx", tmp_path / "d.edge", precision="float32"), steps.append)
+    request = digits_request(
+        models / "torch.onnx", tmp_path / "d.edge", format="onnx", precision="float32", cache=False
+    )
+    package(request, steps.append)
     assert steps == [
-        "converting torch.onnx to onnx",
+        "reading torch.onnx",
+        "scoring the source model",
         "building onnx float32",
         "checking onnx float32",
         "measuring onnx float32",
@@ -233,12 +247,12 @@ TINY = {
     "storage": (
         "model_storage_share = 0.25",
         "model_storage_share = 0.000001",
-        r"the float32 bundle has [\d,]{6,} bytes, cpu-x86_64 allows 32,000 \(0% of its storage\); choose a smaller",
+        r"whose size is [\d,]{6,} bytes, allowed is at most 32,000 bytes \(target cpu-x86_64\); allow size",
     ),
     "ram": (
         "model_ram_share = 0.5",
         "model_ram_share = 0.001",
-        r"took [\d,]{9,} bytes of memory at its peak .*, cpu-x86_64 allows 4,294,967 \(0% of its memory\); choose",
+        r"whose memory is [\d,]{9,} bytes, allowed is at most 4,294,967 bytes \(target cpu-x86_64\); allow memory",
     ),
 }
 
@@ -267,7 +281,7 @@ def test_an_older_bundle_is_replaced_by_one_that_passes(packaged: Packaged, mode
     shutil.copytree(packaged("torch.onnx", "onnx", "float16").path, older)
     package(digits_request(models / "torch.onnx", older, format="onnx", precision="float32"))
     assert open_bundle(older).digest == packaged("torch.onnx", "onnx", "float32").digest
-    assert [path.name for path in tmp_path.iterdir()] == ["d.edge"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.edge", "d.report.html"]
 
 
 def test_onnx_weights_beside_the_model_count_in_its_hash(models: Path, tmp_path: Path) -> None:
@@ -285,9 +299,9 @@ def test_onnx_weights_beside_the_model_count_in_its_hash(models: Path, tmp_path:
 
 
 def test_an_onnx_model_of_todays_exporter_runs_on_the_oldest_engine_of_its_operators(packaged: Packaged) -> None:
-    """The exporter declares a newer IR version than opset 20 needs, which alone would ask for onnxruntime 1.18."""
+    """The exporter declares opset 20 and a newer IR version; the operators mean the same in opset 18."""
     requires = packaged("torch.onnx", "onnx", "float32").manifest.artifact.requires
-    assert [str(item) for item in requires] == ["onnxruntime>=1.17.0", "onnxruntime-gpu>=1.17.0"]
+    assert [str(item) for item in requires] == ["onnxruntime>=1.14.0", "onnxruntime-gpu>=1.14.0"]
 
 
 OLD_ENGINE = """
@@ -310,24 +324,28 @@ def target_with(folder: Path, **engine: object) -> str:
 
 def test_an_engine_that_is_too_old_for_every_precision_is_named(models: Path, tmp_path: Path) -> None:
     target = target_with(
-        tmp_path, format="onnx", package="onnxruntime", version="1.16.0", precisions='["int8-dynamic", "float16"]'
+        tmp_path, format="onnx", package="onnxruntime", version="1.13.0", precisions='["int8-dynamic", "float16"]'
     )
     with pytest.raises(LimitError) as refused:
         calibration = calibration_for("torch.onnx")
         package(Request(models / "torch.onnx", target, tmp_path / "d.edge", calibration=calibration))
-    words = (
-        r"onnx (int8-dynamic|float16): the artifact needs onnxruntime>=1\.1[78]\.0, cpu-x86_64 has onnxruntime 1\.16\.0"
-    )
-    assert re.findall(words, str(refused.value)) == ["int8-dynamic", "float16"]
+    # The same sentence for both precisions is said once.
+    assert str(refused.value).startswith("the artifact needs onnxruntime>=1.14.0, cpu-x86_64 has onnxruntime 1.13.0")
     assert not (tmp_path / "d.edge").exists()
 
 
 def test_a_precision_that_the_targets_engine_cannot_run_is_passed_over(models: Path, tmp_path: Path) -> None:
-    """tflite-runtime 2.14 lacks an operator version that dynamic int8 is written with."""
+    """tflite-runtime has no 4-bit weights; dynamic int8 it has with one scale a layer."""
     target = target_with(
-        tmp_path, format="tflite", package="tflite-runtime", version="2.14.0", precisions='["int8-dynamic", "float16"]'
+        tmp_path,
+        format="tflite",
+        package="tflite-runtime",
+        version="2.14.0",
+        precisions='["int4-weights", "int8-dynamic"]',
     )
     packaged = package(Request(models / "keras.keras", target, tmp_path / "d.edge"))
     (dropped,) = packaged.dropped
-    assert dropped.precision == "int8-dynamic" and "needs tflite-runtime>=2.17" in str(dropped.error)
-    assert packaged.bundle.manifest.artifact.precision == "float16"
+    assert dropped.precision == "int4-weights"
+    assert "needs ai-edge-litert>=" in str(dropped.error) and "has tflite-runtime 2.14.0" in str(dropped.error)
+    assert packaged.bundle.manifest.artifact.precision == "int8-dynamic"
+    assert str(packaged.bundle.manifest.artifact.requires[0]).startswith("tflite-runtime>=")

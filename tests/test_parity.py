@@ -16,7 +16,8 @@ from edge_infer.convert import INPUTS_FILE
 from edge_infer.errors import ConversionError, ParityError, UsageError
 from edge_infer.manifest import TensorSpec
 from edge_infer.package import Request, package
-from edge_infer.quantize.calibration import Calibration
+from edge_infer.samples import Samples, spool
+from edge_infer.steps import Steps
 
 Feeds = list[probe.Feed]
 
@@ -156,7 +157,15 @@ class TestProbeInputs:
     def test_with_calibration_data_they_are_real_samples(self, tmp_path: Path) -> None:
         samples = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
         np.savez(tmp_path / "c.npz", x=samples)
-        feeds = probe.make_feeds(INPUTS[:1], tmp_path / "c.npz")
+        spool(
+            {
+                "source": str(tmp_path / "c.npz"),
+                "inputs": [convert.spec_to_json(INPUTS[0])],
+                "labels": False,
+                "out": str(tmp_path),
+            }
+        )
+        feeds = probe.make_feeds(INPUTS[:1], Samples(tmp_path, INPUTS[:1]))
         assert len(feeds) == 32
         assert {len(feed["x"]) for feed in feeds} == {1, 2, 3}
         rows = {row.tobytes() for row in samples}
@@ -180,66 +189,6 @@ def test_an_output_that_cannot_be_stored_is_refused() -> None:
 def npz(folder: Path, **arrays: np.ndarray) -> Path:
     np.savez(folder / "calibration.npz", **arrays)
     return folder / "calibration.npz"
-
-
-class TestCalibration:
-    def test_rows_are_batches_of_one_where_the_batch_is_dynamic(self, tmp_path: Path) -> None:
-        data = Calibration(npz(tmp_path, x=np.arange(12, dtype=np.float32).reshape(3, 4)), INPUTS[:1])
-        assert data.count == 3
-        assert [feed["x"].tolist() for feed in data.feeds()] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]]
-
-    def test_several_rows_wrap_around(self, tmp_path: Path) -> None:
-        data = Calibration(
-            npz(tmp_path, x=np.arange(3, dtype=np.float32)[:, None]), [TensorSpec("x", "float32", (None, 1))]
-        )
-        assert data.feed(2, batch=2)["x"].tolist() == [[2], [0]]
-
-    def test_rows_are_cut_into_the_batches_a_fixed_model_takes(self, tmp_path: Path) -> None:
-        spec = TensorSpec("x", "float32", (2, 1))
-        data = Calibration(npz(tmp_path, x=np.arange(5, dtype=np.float32)[:, None]), [spec])
-        assert [feed["x"].ravel().tolist() for feed in data.feeds()] == [[0, 1], [2, 3]]
-
-    def test_one_rank_more_means_full_inputs(self, tmp_path: Path) -> None:
-        spec = TensorSpec("x", "float32", (2, None))
-        data = Calibration(npz(tmp_path, x=np.zeros((7, 2, 9), np.float32)), [spec])
-        assert data.count == 7
-        assert data.feed(3, batch=3)["x"].shape == (2, 9)
-
-    def test_scalars_come_one_a_sample(self, tmp_path: Path) -> None:
-        data = Calibration(npz(tmp_path, k=np.arange(4, dtype=np.int32)), [INPUTS[2]])
-        feeds = list(data.feeds())
-        assert [int(feed["k"]) for feed in feeds] == [0, 1, 2, 3]
-        assert all(isinstance(feed["k"], np.ndarray) and feed["k"].shape == () for feed in feeds)
-
-    def test_rows_and_full_inputs_beside_each_other_keep_one_batch(self, tmp_path: Path) -> None:
-        rows, full = np.zeros((5, 4), np.float32), np.zeros((5, 1, 9), np.int64)
-        data = Calibration(npz(tmp_path, x=rows, ids=full), INPUTS[:2])
-        feed = data.feed(0, batch=3)
-        assert len(feed["x"]) == len(feed["ids"]) == 1
-
-    def test_an_array_nobody_asked_for_is_no_matter(self, tmp_path: Path) -> None:
-        path = npz(tmp_path, x=np.zeros((3, 4), np.float32), label=np.zeros(17))
-        assert Calibration(path, INPUTS[:1]).count == 3
-
-
-#: Arrays for an input ``x float32[?, 4]`` and one ``k int32[]``, and what is wrong with them.
-UNUSABLE = {
-    "wrong name": ({"y": np.zeros((3, 4), np.float32)}, "the model's input is 'x'"),
-    "wrong dtype": ({"x": np.zeros((3, 4))}, "'x' has dtype float64, expected float32"),
-    "wrong size": ({"x": np.zeros((3, 5), np.float32)}, "'x' has shape [3, 5], expected samples"),
-    "rank too low": ({"x": np.zeros(4, np.float32)}, "'x' has shape [4]"),
-    "rank too high": ({"x": np.zeros((1, 1, 3, 4), np.float32)}, "'x' has shape [1, 1, 3, 4]"),
-    "no samples": ({"x": np.zeros((0, 4), np.float32), "k": np.zeros(0, np.int32)}, "no complete sample"),
-    "uneven": ({"x": np.zeros((3, 4), np.float32), "k": np.zeros(2, np.int32)}, "{'x': 3, 'k': 2}"),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_unusable_calibration_data_is_refused(kind: str, tmp_path: Path) -> None:
-    arrays, words = UNUSABLE[kind]
-    with pytest.raises(UsageError) as refusal:
-        Calibration(npz(tmp_path, **arrays), [INPUTS[0], INPUTS[2]])
-    assert words in str(refusal.value)
 
 
 CHILDREN = """
@@ -319,15 +268,13 @@ def older_bundle(packaged, tmp_path: Path) -> Bundle:
 def test_a_converter_that_computes_something_else_is_found_out(
     models: Path, older_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sabotaged(*args: object, **options: object) -> convert.Converted:
-        converted = honest(*args, **options)  # type: ignore[arg-type]
-        answers = converted.source_answers()
+    def sabotaged(model: convert.Read) -> list[probe.Feed]:
+        answers = honest(model)
         answers[3]["digit"] = answers[3]["digit"] + np.float32(0.01)
-        probe.save_feeds(converted.work / convert.ANSWERS_FILE, answers)
-        return converted
+        return answers
 
-    honest = convert.convert
-    monkeypatch.setattr(convert, "convert", sabotaged)
+    honest = convert.Read.answers
+    monkeypatch.setattr(convert.Read, "answers", sabotaged)
     with pytest.raises(ParityError, match=r"float32 against the source: output 'digit' differs by 0\.01"):
         package(Request(models / "torch.onnx", "cpu-x86_64", older_bundle.path, "onnx", "float32"))
     assert open_bundle(older_bundle.path) == older_bundle
@@ -347,8 +294,10 @@ def wide_range_model(folder: Path) -> Path:
 
 def test_auto_passes_over_what_quantization_destroys(tmp_path: Path) -> None:
     samples = npz(tmp_path, x=np.random.default_rng(2).standard_normal((40, 4)).astype(np.float32))
-    done = package(Request(wide_range_model(tmp_path), "cpu-x86_64", tmp_path / "out.edge", calibration=samples))
-    assert (done.chosen.precision, [item.precision for item in done.dropped]) == ("float32", ["int8"])
+    request = Request(wide_range_model(tmp_path), "cpu-x86_64", tmp_path / "out.edge", "onnx", calibration=samples)
+    done = package(request)
+    assert done.chosen.precision == "float32"
+    assert [item.precision for item in done.dropped][:2] == ["int8", "int8-mixed"]
     assert isinstance(done.dropped[0].error, ParityError)
 
 
@@ -367,6 +316,7 @@ def test_a_network_that_ignores_its_input_is_reported_blind(tmp_path: Path) -> N
 
 def test_probe_inputs_of_one_source_are_the_same_from_run_to_run(models: Path, tmp_path: Path) -> None:
     source = convert.source.read_source(models / "torch.onnx")
-    for run in ("a", "b"):
-        convert.convert(source, "onnx", convert.ConvertOptions(), tmp_path / run, tmp_path / "log")
-    assert (tmp_path / "a" / INPUTS_FILE).read_bytes() == (tmp_path / "b" / INPUTS_FILE).read_bytes()
+    runs = [Steps(tmp_path / run, tmp_path / "log", lambda step: None) for run in ("a", "b")]
+    folders = [convert.read(source, convert.ReadOptions(), run).made.folder for run in runs]
+    assert folders[0] != folders[1]
+    assert (folders[0] / INPUTS_FILE).read_bytes() == (folders[1] / INPUTS_FILE).read_bytes()

@@ -104,7 +104,7 @@ BROKEN = {
     "share of more than all": ("model_storage_share = 0.25", "model_storage_share = 1.5", "a share of 1.5"),
     "page size": ("page_size_bytes = 4096", "page_size_bytes = 5000", "page_size_bytes is 5000"),
     "unknown format": ('format = "tflite"', 'format = "coreml"', "format 'coreml' is not known"),
-    "unknown precision": ('"int8-dynamic", "float16"]', '"int4"]', "precision 'int4' is not known"),
+    "unknown precision": ('"int8-dynamic", "float16",', '"int4",', "precision 'int4' is not known"),
     "precision no engine has": (
         'precisions = ["int8", "float32", "int8-dynamic"]',
         'precisions = ["float16"]',

@@ -80,3 +80,79 @@ class Halving(nn.Module):
         while bool(y.abs().max() > 0.25):
             y = y / 2
         return y if bool(x.sum() > 0) else -y
+
+
+class Lenet(nn.Module):
+    """Convolutions, pooling and a flattening whose shape the batch is part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(), nn.MaxPool2d(2))
+        self.scores = nn.Linear(4 * 4 * 4, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.scores(self.features(image).flatten(1))
+
+
+class Encoder(nn.Module):
+    """A transformer with a table of positions: any batch, and any length up to that table's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.words = nn.Embedding(16, 8)
+        self.places = nn.Parameter(torch.randn(64, 8))
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.words(ids) + self.places[: ids.shape[1]])
+
+
+class Recurrent(nn.Module):
+    """Scores of the last step and the state, from any number of steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+        self.scores = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        steps, (hidden, cell) = self.lstm(x)
+        return {"scores": self.scores(steps[:, -1]), "state": (hidden, cell)}
+
+
+class Smooth(nn.Module):
+    """Nearest neighbours of any length, whose positions a converter writes down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, scale_factor=2.0) * 2
+
+
+class Bessel(nn.Module):
+    """An operator that neither TFLite nor ONNX has, in a layer with a name."""
+
+    class Wave(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave = self.Wave()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wave(x) + 1
+
+
+class Chosen(nn.Module):
+    """A branch on a value, in an operator that exporters follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (self.dense(x),))

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from edge_infer.cli import devices, package, targets
+    from edge_infer.cli import cache, converters, devices, package, targets
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -40,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     package.add_command(commands)
     targets.add_command(commands)
+    converters.add_command(commands)
+    cache.add_command(commands)
     add_commands(commands, info_name="inspect")
     devices.add_commands(commands)
     return parser

@@ -5,21 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 from edge_infer.errors import UsageError
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on standard output; columns named with a trailing ``>`` are aligned right."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, file: IO[str] | None = None
+) -> None:
+    """A table on standard output or ``file``; columns named with a trailing ``>`` are aligned right."""
     table_class, console_class = _rich()
     table = table_class(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = console_class(soft_wrap=False)
+    console = console_class(soft_wrap=False, file=file)
     # Piped into a file there is no width to keep to.
-    console_class(width=console.width if console.is_terminal else 200, markup=False, highlight=False).print(table)
+    width = console.width if console.is_terminal else 200
+    console_class(width=width, markup=False, highlight=False, file=file).print(table)
 
 
 @contextmanager

@@ -32,16 +32,26 @@ def add_commands(commands: Any) -> None:
         parser.epilog = "DEVICE is local:PATH, user@host[:port] or an alias of ~/.ssh/config."
         if parser is not rollback:
             parser.add_argument("--python", help="the device's Python with edge-infer and an engine")
-        parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
-        parser.add_argument("--known-hosts", type=Path, metavar="FILE", help="instead of ~/.ssh/known_hosts")
-        parser.add_argument("--identity", type=Path, metavar="FILE", help="the key to log in with")
+        add_ssh_options(parser)
         parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
+
+
+def add_ssh_options(parser: Any) -> None:
+    """Options of every command that may talk to a device over SSH."""
+    parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
+    parser.add_argument("--known-hosts", type=Path, metavar="FILE", help="instead of ~/.ssh/known_hosts")
+    parser.add_argument("--identity", type=Path, metavar="FILE", help="the key to log in with")
+
+
+def ssh_options(args: argparse.Namespace) -> dict[str, Path | None]:
+    """What ``open_transport`` takes besides the address."""
+    return {"ssh_config": args.ssh_config, "known_hosts": args.known_hosts, "identity": args.identity}
 
 
 def _transport(args: argparse.Namespace, address: str) -> Any:
     from edge_infer.deploy.conversation import open_transport
 
-    return open_transport(address, ssh_config=args.ssh_config, known_hosts=args.known_hosts, identity=args.identity)
+    return open_transport(address, **ssh_options(args))
 
 
 def call_push(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,104 +1,224 @@
-"""From a source model to a float model in an engine's own form: one file a route.
+"""From a source model to a float model in an engine's own form: a graph of small conversions.
 
-Each route has ``convert(request)``, run in a child process: loads the source with its own framework, asks it the
-probe inputs, converts it, and leaves in ``work`` what the builders of ``quantize`` start from.
+A *reader* opens the source with its own framework, asks it the probe inputs and leaves it in a *form*; *steps* lead
+from form to form; the forms ``tflite``, ``onnx`` and ``torchscript`` are those that engines run. Each reader and each
+step is one file here, and its function runs in a child process.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_infer import probe, worker
-from edge_infer.convert.source import Source
+from edge_infer import probe
+from edge_infer.convert.source import Source, hash_files
 from edge_infer.errors import ConversionError, EdgeInferError, UsageError
-from edge_infer.manifest import TensorSpec
+from edge_infer.manifest import Preprocessing, TensorSpec, canonical_json, optional, struct, to_json
+from edge_infer.samples import Samples, with_preprocessing
+from edge_infer.steps import Made, Steps
 
-#: (framework of the source, format) -> the module of the route.
-ROUTES = {
-    ("tensorflow", "tflite"): "edge_infer.convert.tensorflow_to_tflite",
-    ("torch", "torchscript"): "edge_infer.convert.torch_to_torchscript",
-    ("torch", "onnx"): "edge_infer.convert.torch_to_onnx",
-    ("onnx", "onnx"): "edge_infer.convert.onnx_to_onnx",
+#: Family of the source -> the module of its reader, and the form that it leaves the model in.
+READERS = {
+    "tensorflow": ("edge_infer.convert.read_tensorflow", "saved-model"),
+    "torch": ("edge_infer.convert.read_torch", "torch"),
+    "onnx": ("edge_infer.convert.read_onnx", "onnx"),
+    "tflite": ("edge_infer.convert.read_tflite", "tflite"),
 }
+#: (form, form) -> the modules that convert, in the order in which they are tried.
+STEPS = {
+    ("saved-model", "tflite"): ("edge_infer.convert.saved_model_to_tflite",),
+    ("saved-model", "onnx"): ("edge_infer.convert.saved_model_to_onnx",),
+    ("torch", "tflite"): ("edge_infer.convert.torch_to_tflite",),
+    ("torch", "onnx"): ("edge_infer.convert.torch_to_onnx", "edge_infer.convert.torch_to_onnx_legacy"),
+    ("torch", "torchscript"): ("edge_infer.convert.torch_to_torchscript",),
+    ("onnx", "tflite"): ("edge_infer.convert.onnx_to_tflite",),
+    ("onnx", "torchscript"): ("edge_infer.convert.onnx_to_torchscript",),
+    ("tflite", "onnx"): ("edge_infer.convert.tflite_to_onnx",),
+}
+#: Longer ways add nothing but rounding and time.
+MOST_STEPS = 2
 
-INPUTS_FILE, ANSWERS_FILE = "probe_inputs.npz", "probe_answers.npz"
+#: The options that samples come with, for messages.
+WHAT = {"calibration": "calibration", "evaluation": "evaluate"}
+
+INPUTS_FILE, ANSWERS_FILE, EXAMPLES_FILE, SAMPLE_ANSWERS_FILE = (
+    "probe_inputs.npz",
+    "probe_answers.npz",
+    "examples.npz",
+    "sample_answers.npz",
+)
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """What a user may say about the source. ``inputs`` overrides names, dtypes and shapes of its inputs."""
+class ReadOptions:
+    """What a user may say about the source and its data.
+
+    ``inputs`` overrides names, dtypes and shapes of its inputs. ``calibration`` and ``evaluation`` are sources of
+    samples as ``edge_infer.samples`` takes them; the latter with labels.
+    """
 
     inputs: tuple[TensorSpec, ...] = ()
+    preprocess: tuple[tuple[str | None, Preprocessing], ...] = ()
     factory: str | None = None
     signature: str | None = None
     trust_pickle: bool = False
-    calibration: Path | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """A source that was opened and asked: its contract, the probe inputs and its own answers to them.
+
+    ``identity`` is what stands for its files in the keys of later steps.
+    """
+
+    source: Source
+    form: str
+    made: Made
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    identity: dict[str, str]
+
+    def probe_inputs(self) -> list[probe.Feed]:
+        return probe.load_feeds(self.made.folder / INPUTS_FILE)
+
+    def answers(self) -> list[probe.Feed]:
+        return probe.load_feeds(self.made.folder / ANSWERS_FILE)
+
+    def samples(self, kind: str) -> Samples | None:
+        """``calibration`` or ``evaluation`` data; None where there is none."""
+        if self.made.answer["samples"][kind] is None:
+            return None
+        return Samples(self.made.folder / kind, self.inputs)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A float model in ``work``: the source's contract, the probe inputs and the source's own answers to them."""
+    """A float model in the form of an engine, and the forms that it went through."""
 
-    work: Path
     format: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     details: dict[str, Any]
+    way: tuple[str, ...]
+    tools: dict[str, str]
+    identity: dict[str, str]
 
-    def probe_inputs(self) -> list[probe.Feed]:
-        return probe.load_feeds(self.work / INPUTS_FILE)
 
-    def source_answers(self) -> list[probe.Feed]:
-        return probe.load_feeds(self.work / ANSWERS_FILE)
+@dataclass(frozen=True)
+class Way:
+    """Modules to run one after the other, and the forms between them: one more."""
+
+    modules: tuple[str, ...]
+    forms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " -> ".join(self.forms)
+
+
+def ways(form: str, format: str) -> list[Way]:
+    """Every way from a form to an engine's format, the shortest first; none visits a form twice."""
+    found: list[Way] = []
+    reached = [Way((), (form,))]
+    while reached:
+        found += [way for way in reached if way.forms[-1] == format]
+        reached = [
+            Way((*way.modules, module), (*way.forms, there))
+            for way in reached
+            if way.forms[-1] != format and len(way.modules) < MOST_STEPS
+            for (here, there), modules in STEPS.items()
+            if here == way.forms[-1] and there not in way.forms
+            for module in modules
+        ]
+    return found
 
 
 def formats_for(source: Source) -> list[str]:
-    """Formats that a route leads to."""
-    return [format for family, format in ROUTES if family == source.family]
+    """Formats that a way leads to, those with the shortest way first."""
+    form = READERS[source.family][1]
+    reachable = {format: ways(form, format) for format in ("tflite", "onnx", "torchscript")}
+    return sorted((name for name, found in reachable.items() if found), key=lambda n: len(reachable[n][0].modules))
 
 
-def convert(source: Source, format: str, options: ConvertOptions, work: Path, log: Path) -> Converted:
-    """Run the route from ``source`` to ``format`` in a child. Raises UsageError, ConversionError."""
-    module = ROUTES.get((source.family, format))
-    if module is None:
-        known = " or ".join(formats_for(source))
-        raise ConversionError(f"there is no way from {source.kind} models to {format}; choose --format {known}")
-    work.mkdir(parents=True, exist_ok=True)
-    request = {
+def read(source: Source, options: ReadOptions, steps: Steps) -> Read:
+    """Open the source and ask it, in a child. Raises UsageError, ConversionError."""
+    module, form = READERS[source.family]
+    said = {
         "source": str(source.path),
         "kind": source.kind,
-        "work": str(work),
         "inputs": [spec_to_json(spec) for spec in options.inputs],
         "factory": options.factory,
         "signature": options.signature,
         "trust_pickle": options.trust_pickle,
-        "calibration": str(options.calibration) if options.calibration else None,
     }
-    answer = worker.run(f"{module}:convert", request, log)
-    return Converted(
-        work,
-        format,
+    request = {
+        **said,
+        "preprocess": [[name, to_json(row)] for name, row in options.preprocess],
+        "calibration": options.calibration,
+        "evaluation": options.evaluation,
+        "labels": options.labels,
+    }
+    identity = {str(source.path): source.sha256, **_identity_of_data(options)}
+    made = steps.run(f"{module}:read", request, f"reading {source.path.name}", identity)
+    answer = made.answer
+    # What later steps start from depends on the source and on what was said about it, but not on the samples.
+    own = {
+        "said": {**said, "source": source.sha256},
+        "code": answer["depends_on"],
+        "examples": answer["examples_sha256"],
+    }
+    key = hashlib.sha256(canonical_json(own)).hexdigest()
+    return Read(
+        source,
+        form,
+        made,
         tuple(map(spec_from_json, answer["inputs"])),
         tuple(map(spec_from_json, answer["outputs"])),
-        answer["details"],
+        {str(source.path): source.sha256, str(made.folder): key},
     )
+
+
+def _identity_of_data(options: ReadOptions) -> dict[str, str]:
+    """Files of samples by what they hold; code that gives samples is known once it was imported."""
+    named = [Path(item) for item in (options.calibration, options.evaluation) if item]
+    return {str(path): hash_files(path) for path in named if path.exists()}
+
+
+def convert(model: Read, way: Way, steps: Steps) -> Converted:
+    """Go a way, each step in a child. Raises ConversionError."""
+    details, tools = model.made.answer["details"], dict(model.made.answer["tools"])
+    identity = dict(model.identity)
+    for module, here, there in zip(way.modules, way.forms, way.forms[1:], strict=False):
+        request = {
+            "from": details,
+            "inputs": [spec_to_json(spec) for spec in model.inputs],
+            "outputs": [spec_to_json(spec) for spec in model.outputs],
+            "feeds": str(model.made.folder / EXAMPLES_FILE),
+        }
+        made = steps.run(f"{module}:convert", request, f"converting {here} to {there}", identity)
+        details, tools = made.answer["details"], {**tools, **made.answer["tools"]}
+    return Converted(way.forms[-1], details, way.forms, tools, identity)
 
 
 def ask_source(
     request: dict[str, Any], inputs: list[TensorSpec], run: Callable[[probe.Feed], probe.Feed]
-) -> tuple[list[probe.Feed], dict[str, Any]]:
-    """Make the probe inputs, let ``run(feed)`` answer them with the source framework, keep both in ``work``.
+) -> dict[str, Any]:
+    """Gather the samples, make the probe inputs, and let ``run(feed)`` answer both with the source framework.
 
-    Used by the routes, inside their child. The outputs are in the order in which ``run`` gives them. Gives the feeds
-    and the answer the route returns.
+    Used by the readers, inside their child. The outputs are in the order in which ``run`` gives them. Gives the
+    part of the reader's answer that all readers share; the reader adds ``details`` and ``tools``.
     """
     if not inputs:
         raise ConversionError("the model has no inputs, so it always answers the same; there is nothing to package")
-    calibration = Path(request["calibration"]) if request["calibration"] else None
+    folder = Path(request["out"])
+    said = [(name, struct(Preprocessing)(row, "preprocessing")) for name, row in request["preprocess"]]
+    inputs = list(with_preprocessing(inputs, said))
+    gathered, spooled, depends_on = _gather(request, inputs, folder)
+    calibration = gathered["calibration"] or gathered["evaluation"]
     feeds = probe.make_feeds(inputs, calibration)
     answers = [_ask(feed, run) for feed in feeds]
     if not answers[0]:
@@ -109,13 +229,49 @@ def ask_source(
             answers += [_ask(feed, run) for feed in more]
             feeds += more
             break
-    probe.save_feeds(Path(request["work"]) / INPUTS_FILE, feeds)
-    probe.save_feeds(Path(request["work"]) / ANSWERS_FILE, answers)
+    probe.save_feeds(folder / INPUTS_FILE, feeds)
+    probe.save_feeds(folder / ANSWERS_FILE, answers)
+    probe.save_feeds(folder / EXAMPLES_FILE, probe.examples(inputs, feeds))
+    judged = gathered["evaluation"] or gathered["calibration"]
+    if judged is not None:
+        probe.save_feeds(folder / SAMPLE_ANSWERS_FILE, (_ask(feed, run) for feed in judged.feeds()))
     outputs = probe.observed_specs(list(answers[0]), answers)
-    return feeds, {
+    return {
         "inputs": [spec_to_json(spec) for spec in inputs],
         "outputs": [spec_to_json(spec) for spec in outputs],
+        "samples": spooled,
+        "examples_sha256": hashlib.sha256((folder / EXAMPLES_FILE).read_bytes()).hexdigest(),
+        "depends_on": depends_on,
     }
+
+
+def _gather(
+    request: dict[str, Any], inputs: Sequence[TensorSpec], folder: Path
+) -> tuple[dict[str, Samples | None], dict[str, Any], dict[str, str]]:
+    """Calibration and evaluation data in the reader's folder, what is known of them, and the user's code so far."""
+    from edge_infer import samples, user_code
+
+    found: dict[str, Samples | None] = {"calibration": None, "evaluation": None}
+    spooled: dict[str, Any] = dict.fromkeys(found)
+    for kind in found:
+        if request[kind] is None:
+            continue
+        (folder / kind).mkdir()
+        spooled[kind] = samples.spool(
+            {
+                "source": request[kind],
+                "inputs": [spec_to_json(spec) for spec in inputs],
+                "labels": kind == "evaluation" and request["labels"],
+                "out": str(folder / kind),
+                "what": WHAT[kind],
+            }
+        )
+        if kind == "evaluation" and request["labels"] and not spooled[kind]["labels"]:
+            raise UsageError(
+                f"{request[kind]} holds no labels, which the metric needs; add an array `label`, or leave --metric away"
+            )
+        found[kind] = Samples(folder / kind, inputs)
+    return found, spooled, user_code.imported_files()
 
 
 def _ask(feed: probe.Feed, run: Callable[[probe.Feed], probe.Feed]) -> probe.Feed:
@@ -149,8 +305,10 @@ def override(inputs: list[TensorSpec], given: list[TensorSpec]) -> list[TensorSp
 
 
 def spec_to_json(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+    row = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+    return {**row, "preprocessing": to_json(spec.preprocessing)} if spec.preprocessing else row
 
 
 def spec_from_json(row: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(row["name"], row["dtype"], tuple(row["shape"]))
+    preprocessing = optional(struct(Preprocessing))(row.get("preprocessing"), "preprocessing")
+    return TensorSpec(row["name"], row["dtype"], tuple(row["shape"]), preprocessing)

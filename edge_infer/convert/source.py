@@ -23,8 +23,14 @@ FAMILIES = {
     "torch-pickle": "torch",
     "torchscript": "torch",
     "torch-export": "torch",
+    "torch-safetensors": "torch",
     "onnx": "onnx",
+    "tflite": "tflite",
 }
+
+
+#: The longest header that a safetensors file may have: https://huggingface.co/docs/safetensors
+SAFETENSORS_LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Source:
 
     @property
     def family(self) -> str:
-        """The framework that reads it: tensorflow, torch or onnx."""
+        """The framework that reads it: tensorflow, torch, onnx or tflite."""
         return FAMILIES[self.kind]
 
 
@@ -45,7 +51,7 @@ def read_source(path: Path) -> Source:
     """Find out what ``path`` holds. Raises UsageError when nothing is there, ConversionError when it is no model."""
     if not path.exists():
         raise UsageError(f"there is no model at {path}")
-    return Source(path.resolve(), _kind(path), _hash(path))
+    return Source(path.resolve(), _kind(path), hash_files(path))
 
 
 def _kind(path: Path) -> str:
@@ -53,12 +59,13 @@ def _kind(path: Path) -> str:
         if (path / "saved_model.pb").is_file():
             return "saved-model"
         raise ConversionError(f"{path} is a directory without saved_model.pb, expected a SavedModel or a model file")
-    with path.open("rb") as file:
-        head = file.read(16)
+    head = _head(path)
     if head.startswith(HDF5_MAGIC):
         return "keras"
     if head[4:8] == TFLITE_MAGIC:
-        raise ConversionError(f"{path} is a TFLite model; package the model it was made from")
+        return "tflite"
+    if _looks_like_safetensors(head, path.stat().st_size):
+        return "torch-safetensors"
     if zipfile.is_zipfile(path):
         return _zip_kind(path)
     if head.startswith(b"PK"):
@@ -69,8 +76,13 @@ def _kind(path: Path) -> str:
         return "onnx"
     raise ConversionError(
         f"{path} begins with {head[:8]!r}, which is no model this packager reads; expected a SavedModel directory, "
-        ".keras, .h5, PyTorch .pth, TorchScript .pt, torch.export .pt2 or .onnx"
+        ".keras, .h5, PyTorch .pth, .safetensors, TorchScript .pt, torch.export .pt2, .onnx or .tflite"
     )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def _zip_kind(path: Path) -> str:
@@ -97,7 +109,13 @@ def _looks_like_onnx(head: bytes) -> bool:
     return len(head) > 3 and head[0] == 0x08 and 0 < head[1] < 0x20
 
 
-def _hash(path: Path) -> str:
+def _looks_like_safetensors(head: bytes, size: int) -> bool:
+    """The length of a JSON header in 8 bytes, little-endian, then that header."""
+    length = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and length <= min(size - 8, SAFETENSORS_LONGEST_HEADER)
+
+
+def hash_files(path: Path) -> str:
     """SHA-256 over names, lengths and contents of all files."""
     digest = hashlib.sha256()
     for file in _files(path):
@@ -112,7 +130,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and not file.is_symlink())
     beside: set[str] = set()
-    if _kind(path) == "onnx":
+    if path.suffix == ".onnx" or _looks_like_onnx(_head(path)):
         with contextlib.suppress(BundleError):  # damaged: the converter says how
             beside = external_locations(path.read_bytes())
     found = [path.parent / name for name in sorted(beside)]

@@ -1,74 +1,81 @@
-"""PyTorch to ONNX: ``torch.onnx``'s exporter for modules and exported programs, the older one for TorchScript."""
+"""PyTorch to ONNX by the exporter on top of ``torch.export``, for modules and exported programs."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 
-from edge_infer.convert import ask_source, torch_source
-from edge_infer.errors import ConversionError
-
-#: ONNX Runtime 1.14 and later run it, and the quantizer and every operator needed here exist in it.
-OPSET = 18
+from edge_infer import probe
+from edge_infer.convert import onnx_graphs, spec_from_json, torch_source
+from edge_infer.convert.onnx_graphs import OPSET
+from edge_infer.convert.torch_source import TorchModel, causes
+from edge_infer.errors import ConversionError, EdgeInferError
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
-    model = torch_source.load(request)
-    feeds, answer = ask_source(request, model.inputs, model.run)
-    names = [row["name"] for row in answer["outputs"]]
-    path = Path(request["work"]) / "model.onnx"
-    args = torch_source.examples(model, feeds)
+    return by(export, request)
+
+
+def by(
+    exporter: Callable[[TorchModel, list[probe.Feed], list[str], Path], list[str]],
+    request: dict[str, Any],
+) -> dict[str, Any]:
+    """Convert with ``exporter(model, feeds, names of outputs, path)``, which gives notes."""
+    model = torch_source.load(request["from"])
+    outputs = [spec_from_json(row) for row in request["outputs"]]
+    feeds = probe.load_feeds(Path(request["feeds"]))
+    folder = Path(request["out"])
+    raw = folder / "raw"  # one file, or with weights of 2 GiB and more, many
+    raw.mkdir()
     try:
-        export(model, args, names, path)
-    except ConversionError:
+        notes = exporter(model, feeds, [spec.name for spec in outputs], raw / "model.onnx")
+        made = onnx.load(raw / "model.onnx")
+    except EdgeInferError:
         raise
     except Exception as error:
-        raise explain(error, lambda operator: layer(model, args, operator)) from error
-    return {**answer, "details": {"model": str(path), "tools": {"torch": torch.__version__}}}
+        args = torch_source.examples(model, feeds)
+        raise explain(error, lambda operator: torch_source.layer(model, args, operator)) from error
+    path = onnx_graphs.finish(made, folder / "model.onnx", model.inputs, outputs)
+    shutil.rmtree(raw)
+    tools = {"torch": torch.__version__, "onnx": onnx.__version__}
+    return {"details": {"model": str(path), **({"notes": notes} if notes else {})}, "tools": tools}
 
 
-def export(model: torch_source.TorchModel, args: tuple[torch.Tensor, ...], names: list[str], path: Path) -> None:
+def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: Path) -> list[str]:
+    if model.scripted:
+        raise ConversionError("this exporter reads no TorchScript; the older one does (torch_to_onnx_legacy)")
     labels: dict[str, Any] = {
         "input_names": [spec.name for spec in model.inputs],
         "output_names": names,
         "opset_version": OPSET,
+        "dynamo": True,
+        "verbose": False,
     }
-    if model.scripted:
-        # Only the older exporter reads TorchScript; it takes dynamic axes by name.
-        axes = {
-            spec.name: {axis: f"{spec.name}_{axis}" for axis, size in enumerate(spec.shape) if size is None}
-            for spec in model.inputs
-        }
-        traced = torch.jit.trace(model.tuple_module(), args, strict=False, check_trace=False)
-        torch.onnx.export(traced, args, str(path), dynamic_axes=axes, dynamo=False, **labels)
-        return
-    if model.exported is None:
-        dynamic = tuple(
-            {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if size is None}
-            for spec in model.inputs
-        )
-        torch.onnx.export(
-            model.tuple_module().eval(),
-            args,
-            str(path),
-            dynamic_shapes=(dynamic,),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            **labels,
-        )
-        return
-    # An exported program knows its dynamic dimensions.
-    torch.onnx.export(model.exported, (), str(path), dynamo=True, external_data=False, verbose=False, **labels)
+    size = sum(tensor.nbytes for tensor in (*model.module.parameters(), *model.module.buffers()))
+    labels["external_data"] = size > onnx_graphs.LARGEST_INLINE_BYTES
+    if model.exported is not None:  # it knows its dynamic dimensions
+        torch.onnx.export(model.exported, (), str(path), **labels)
+        return []
+    shapes = (torch_source.dynamic_shapes(model),)
+    try:
+        args = torch_source.examples(model, feeds)
+        torch.onnx.export(model.tuple_module(), args, str(path), dynamic_shapes=shapes, **labels)
+    except Exception as error:
+        if "Failed to export the model with torch.export" in str(error):
+            raise torch_source.explain_export(model, error) from error
+        raise
+    return []
 
 
 def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operator: "") -> ConversionError:
     """The exporter's report, which runs over pages, as one sentence that names operator and layer."""
-    chain = _causes(error)
+    chain = causes(error)
     text = "\n".join(f"{type(item).__name__}: {item}" for item in chain)
     operator = re.search(r"No ONNX function found for .*?'([\w.:]+)'|Exporting the operator '([\w.:]+)'", text)
     if operator:
@@ -88,24 +95,3 @@ def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operat
     return ConversionError(
         f"torch.onnx cannot export the model: {reason}; see all of it with -v, or try --format torchscript"
     )
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    return chain
-
-
-def layer(model: torch_source.TorchModel, args: tuple[torch.Tensor, ...], operator: str) -> str:
-    """The path of the submodule that uses an operator, empty when that cannot be told."""
-    if model.scripted:
-        return ""
-    program = model.exported or torch.export.export(model.tuple_module(), args)
-    # What is prims.bessel_j0 to the exporter is aten.special_bessel_j0 in the program.
-    same = re.compile(rf"[._]{re.split('[.:]+', operator)[-1]}(\.|$)")
-    for node in program.run_decompositions().graph.nodes:
-        if same.search(str(node.target)):
-            paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            return paths[-1].removeprefix("module.") if paths else ""
-    return ""

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ MODULES = (
     "edge_infer.admission",
     "edge_infer.deploy.receiver",
 )
+
+#: Seconds to wait for what a process that ended had to say.
+LAST_WORDS_S = 1.0
 
 #: All that stands on the command line: it reads its length, then itself.
 BOOTSTRAP = "import sys; f = sys.stdin.buffer; exec(f.read(int(f.readline())))"
@@ -124,11 +128,18 @@ class Conversation:
         return line
 
     def _failed(self, error: DeviceError) -> DeviceError:
-        words = self._process.errors().strip().splitlines()
+        words = self._last_words().strip().splitlines()
         address = self._transport.address
         if words and ("python3" in words[-1] and "not found" in words[-1]):
             return DeviceError(f"{address} has no python3; install Python 3.10 or later there")
         return DeviceError(f"{address}: {words[-1][:300]}" if words else f"{address}: {error}")
+
+    def _last_words(self) -> str:
+        """Its standard error, which may arrive a moment after the end of its output."""
+        end = time.monotonic() + LAST_WORDS_S
+        while not (words := self._process.errors()) and time.monotonic() < end:
+            time.sleep(0.02)
+        return words
 
     def __enter__(self) -> Conversation:
         return self

@@ -59,6 +59,27 @@ def push(
     return Pushed(transport.address, bundle.digest, tuple(steps), sent, current, report)
 
 
+def measure(
+    bundle: Bundle,
+    transport: Transport,
+    *,
+    python: str | None = None,
+    runs: int = 200,
+    timeout_s: float = TIMEOUT_S,
+) -> Mapping[str, Any]:
+    """Send ``bundle``, let the device self-test and time it, and remove it there; gives what ``bench`` gives.
+
+    Raises as ``push`` does. What the device serves stays as it is.
+    """
+    with Conversation(transport) as device:
+        answer = device.ask("begin", manifest=bundle.manifest.to_bytes().decode(), python=python)
+        for step in make_plan(bundle.manifest, bundle.digest, answer):
+            if step.action == "send":
+                device.send_file(step.subject, bundle.file(step.subject), step.offset)
+        measured: Mapping[str, Any] = device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
+        return measured
+
+
 def status(transport: Transport, python: str | None = None) -> Mapping[str, Any]:
     """The device's facts and the models in its store."""
     with Conversation(transport) as device:

@@ -51,10 +51,11 @@ FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     "begin": {"manifest": (str,), "python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
     "file": {"name": (str,), "offset": (int,), "size": (int,)},
     "finish": {"timeout_s": (int, float)},
+    "measure": {"timeout_s": (int, float), "runs": (int,)},
     "status": {"python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
     "rollback": {"name": (str,), "store": TEXT_OR_NONE},
 }
-AFTER_BEGIN = ("file", "finish")
+AFTER_BEGIN = ("file", "finish", "measure")
 
 
 class Receiver:
@@ -66,6 +67,7 @@ class Receiver:
             "begin": self.begin,
             "file": self.file,
             "finish": self.finish,
+            "measure": self.measure,
             "status": self.status,
             "rollback": self.rollback,
         }
@@ -205,6 +207,21 @@ class Receiver:
             raise SelfTestFailed(f"{error}; {self._still()}") from None
         self.store.activate(name, self.digest)
         return {"report": report, "freed": self.store.collect(), "digest": self.digest}
+
+    def measure(self, request: Mapping[str, Any]) -> Dict[str, Any]:
+        """Self-test and time the bundle that was sent, and throw it away: the store serves what it served."""
+        name, timeout_s = self.bundle.name, float(request["timeout_s"])
+        kept = self.store.has(name, self.digest)
+        if not kept:
+            self._admit()
+        release = self.store.release(name, self.digest)
+        try:
+            admission.self_test(release, self.python, timeout_s)
+            asked = ["bench", str(release), "--runs", str(int(request["runs"]))]
+            return {"measured": admission.run_child(self.python, asked, timeout_s)}
+        finally:
+            if not kept:
+                self.store.discard(name, self.digest)
 
     def _admit(self) -> None:
         """Complete the staged folder and move it among the releases; one that fails its check is thrown away."""

@@ -11,8 +11,8 @@ import torch
 
 from edge_infer.convert import spec_from_json
 from edge_infer.errors import ConversionError
-from edge_infer.quantize.calibration import Calibration
 from edge_infer.runtime.engines.torchscript import TENSOR_TABLE
+from edge_infer.samples import Samples
 
 MODEL, WEIGHTS = "model.torchscript", "weights.bin"
 #: Tensors of at least a page begin on a page, smaller ones on a cache line.
@@ -22,10 +22,10 @@ OLDEST = "2.1.0"
 
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
-    module = torch.jit.load(request["details"]["model"]).eval()
+    module = torch.jit.load(request["from"]["model"]).eval()
     module = QUANTIZERS[request["precision"]](module, request)
     operators = sorted(torch.jit.export_opnames(module))
-    weights = save_mapped(module, Path(request["out"]), request["page_size_bytes"])
+    weights = save_mapped(module, Path(request["out"]), request["target"]["page_size_bytes"])
     return {
         "model": MODEL,
         "weights": WEIGHTS if weights else None,
@@ -47,12 +47,18 @@ def int8(module: Any, request: dict[str, Any]) -> Any:
     from torch.ao.quantization.quantize_jit import convert_jit, prepare_jit
 
     inputs = [spec_from_json(row) for row in request["inputs"]]
-    calibration = Calibration(Path(request["calibration"]), inputs)
+    data = request["calibration"]
+    if data["ranges"] != "minmax":
+        raise ConversionError(
+            f"TorchScript's quantizer has no ranges by {data['ranges']}, only its own by histogram; "
+            "leave --ranges at minmax, or choose --format tflite or onnx"
+        )
+    samples = Samples(Path(data["samples"]), inputs)
     torch.backends.quantized.engine = "qnnpack"
     try:
         observed = prepare_jit(module, {"": get_default_qconfig("qnnpack")})
         with torch.no_grad():
-            for feed in calibration.feeds():
+            for feed in samples.feeds(data["indices"]):
                 observed(*(torch.from_numpy(feed[spec.name].copy()) for spec in inputs))
         return convert_jit(observed)
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ import numpy as np
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Store arrays uncompressed under any names; the same arrays give the same bytes."""
+    write_items(path, arrays.items())
+
+
+def write_items(path: Path, items: Iterable[tuple[str, np.ndarray[Any, Any]]]) -> None:
+    """As ``write_npz``, with one array in memory at a time."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays.items():
+        for name, array in items:
             # ZipInfo's own time is the fixed 1980-01-01.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)

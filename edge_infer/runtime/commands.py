@@ -49,6 +49,11 @@ def info(source: Source) -> dict[str, Any]:
             f"{check.what}: {check.observed:.3g} {check.unit} at {check.output}, allowed {check.allowed:.3g}"
             for check in manifest.checks
         ],
+        "scores": [
+            f"{score.samples}: {score.metric} {score.value:.4g} ({score.low:.4g} to {score.high:.4g}, {score.count} samples), "
+            f"the source {score.source:.4g}"
+            for score in manifest.scores
+        ],
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }

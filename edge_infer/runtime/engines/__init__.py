@@ -111,13 +111,19 @@ def missing(bundle: Bundle, error: ImportError) -> EngineMissing:
 
 
 def require_version(bundle: Bundle, package: str, version: str) -> None:
-    """Raise EngineError when the installed engine is older than the oldest that can run the bundle."""
-    for requirement in bundle.manifest.artifact.requires:
-        if requirement.package == package and not at_least(version, requirement.version):
-            raise EngineError(
-                f"{bundle.manifest.name} needs {requirement}, installed is {version}; "
-                f"upgrade it, or package the model for a target with {package} {version}"
-            )
+    """Raise EngineError when the installed engine is not among those that can run the bundle, or too old."""
+    name, known = bundle.manifest.name, bundle.manifest.artifact.requires
+    requirement = next((item for item in known if item.package == package), None)
+    if requirement is None:
+        raise EngineError(
+            f"{name} needs {' or '.join(map(str, known))}, which {package} {version} cannot stand in for; "
+            f"install that, or package the model for a target with {package}"
+        )
+    if not at_least(version, requirement.version):
+        raise EngineError(
+            f"{name} needs {requirement}, installed is {version}; "
+            f"upgrade it, or package the model for a target with {package} {version}"
+        )
 
 
 def at_least(version: str, oldest: str) -> bool:

@@ -1,8 +1,4 @@
-"""SavedModel, ``.keras`` and ``.h5`` to a SavedModel with one signature, from which the TFLite builder converts.
-
-The builder makes every precision, float32 too, from that SavedModel with TensorFlow's own TFLite converter, so
-this route only normalizes the source: one signature, the source's names, the shapes that the user gave.
-"""
+"""Read SavedModel, ``.keras`` and ``.h5``: a SavedModel with one signature, the source's names, the user's shapes."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ class Loaded:
     saved: tuple[str, str] | None = None
 
 
-def convert(request: dict[str, Any]) -> dict[str, Any]:
+def read(request: dict[str, Any]) -> dict[str, Any]:
     load = _load_keras if request["kind"] == "keras" else _load_saved_model
     model = load(Path(request["source"]), request["signature"])
     inputs = override(model.inputs, [spec_from_json(row) for row in request["inputs"]])
@@ -52,14 +48,14 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         answer = function(**{arguments[name]: tf.constant(array) for name, array in feed.items()})
         return {name: answer[name].numpy() for name in names}
 
-    _, answer = ask_source(request, inputs, run)
+    answer = ask_source(request, inputs, run)
     if model.saved and inputs == model.inputs:
         folder, signature = model.saved
     else:
         folder, signature = _save(request, model, function)
         _rename_inputs(Path(folder), {argument: name for name, argument in arguments.items() if argument != name})
-    details = {"saved_model": folder, "signature": signature, "tools": {"tensorflow": tf.__version__}}
-    return {**answer, "details": details}
+    details = {"saved_model": folder, "signature": signature}
+    return {**answer, "details": details, "tools": {"tensorflow": tf.__version__}}
 
 
 def _argument(index: int, name: str) -> str:
@@ -80,7 +76,7 @@ def _rename_inputs(folder: Path, names: dict[str, str]) -> None:
 
 def _save(request: dict[str, Any], model: Loaded, function: Any) -> tuple[str, str]:
     """Write ``function`` as a SavedModel of one signature."""
-    folder = str(Path(request["work"]) / "saved_model")
+    folder = str(Path(request["out"]) / "saved_model")
     module = tf.Module()
     module.tracked = model.tracked
     tf.saved_model.save(module, folder, signatures={SIGNATURE: function})

@@ -1,4 +1,4 @@
-"""ONNX to ONNX: checked, weights gathered, slimmed; the source's answers come from ONNX Runtime without optimizing."""
+"""Read ONNX: checked, weights gathered, slimmed; the source's answers come from ONNX Runtime without optimizing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edge_infer.manifest import DTYPES, TensorSpec
 from edge_infer.runtime.onnx_files import external_locations
 
 
-def convert(request: dict[str, Any]) -> dict[str, Any]:
+def read(request: dict[str, Any]) -> dict[str, Any]:
     path = Path(request["source"])
     if request["signature"] is not None:
         raise UsageError(f"--signature {request['signature']} was given, but ONNX models have no signatures")
@@ -28,7 +28,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     )
     _fix_shapes(model, inputs)
     names = [output.name for output in model.graph.output]
-    folder = Path(request["work"])
+    folder = Path(request["out"])
     source = folder / "source.onnx"
     save(model, source)
     session = _open(path, source)
@@ -36,10 +36,10 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         return dict(zip(names, session.run(names, feed), strict=True))
 
-    _, answer = ask_source(request, inputs, run)
+    answer = ask_source(request, inputs, run)
     save(slim(model), folder / "model.onnx")
     tools = {"onnx": onnx.__version__, "onnxslim": onnxslim.__version__, "onnxruntime": onnxruntime.__version__}
-    return {**answer, "details": {"model": str(folder / "model.onnx"), "tools": tools}}
+    return {**answer, "details": {"model": str(folder / "model.onnx")}, "tools": tools}
 
 
 def load(path: Path) -> onnx.ModelProto:

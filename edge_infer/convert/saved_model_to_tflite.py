@@ -1,0 +1,46 @@
+"""SavedModel to a float32 ``.tflite`` with built-in operators only, by TensorFlow's own converter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from edge_infer.convert import tflite_files
+from edge_infer.errors import ConversionError
+
+MODEL = "model.tflite"
+
+
+def convert(request: dict[str, Any]) -> dict[str, Any]:
+    """One signature of a SavedModel. Raises ConversionError naming operator and layer where TFLite lacks one."""
+    start = request["from"]
+    converter = tf.lite.TFLiteConverter.from_saved_model(start["saved_model"], signature_keys=[start["signature"]])
+    try:
+        content: bytes = converter.convert()
+    except Exception as error:  # ConverterError and whatever else TensorFlow raises
+        raise explain(error) from error
+    model = tflite_files.read(content)
+    tflite_files.operators(model)
+    tflite_files.strip(model)
+    path = Path(request["out"]) / MODEL
+    tflite_files.write(model, path)
+    details = {"model": str(path), "signature": start["signature"]}
+    return {"details": details, "tools": {"tensorflow": tf.__version__}}
+
+
+def explain(error: BaseException) -> ConversionError:
+    """The converter's pages as one sentence with operator and layer."""
+    text = str(error)
+    operators = sorted(set(re.findall(r"'tf\.(\w+)' op is neither a custom op nor a flex op", text)))
+    if operators:
+        layer = re.search(rf'fused\["{operators[0]}:", "([^"@]+)', text)
+        where = f" in layer {layer[1]!r}" if layer else ""
+        return ConversionError(
+            f"TFLite has no built-in operator for {', '.join(operators)}{where}; replace it, or export the "
+            "model to ONNX and package that"
+        )
+    first = (text.strip().splitlines() or [type(error).__name__])[0][:400]
+    return ConversionError(f"the TFLite converter fails: {first}; run again with -v to see all it says")

@@ -1,0 +1,163 @@
+"""Run conversion steps in one child, many a time: loading a framework takes longer than converting these models."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_infer import probe
+from edge_infer.convert import INPUTS_FILE, ask_source, spec_to_json
+from edge_infer.errors import EdgeInferError
+
+Json = dict[str, Any]
+#: A reader's request without samples.
+NO_SAMPLES: Json = {"preprocess": [], "calibration": None, "evaluation": None, "labels": False}
+TORCH_MODELS = str(Path(__file__).with_name("torch_models.py"))
+
+
+def torch_steps(request: Json) -> Json:
+    """For each case (name, file, kind, factory, inputs, steps): its contract and what each step gives, or its error."""
+    return {case["name"]: _torch_case(case, Path(request["folder"]) / case["name"]) for case in request["cases"]}
+
+
+def _torch_case(case: Json, folder: Path) -> Json:
+    from edge_infer.convert import torch_source
+
+    folder.mkdir(parents=True)
+    source = {"source": case["file"], "kind": case["kind"], "factory": case.get("factory"), "inputs": case["inputs"]}
+    source |= {"signature": None, "trust_pickle": False, "out": str(folder), **NO_SAMPLES}
+    model = torch_source.load(source)
+    contract = ask_source(source, model.inputs, model.run)
+    return {**contract, **{step: run(step, source, contract, folder) for step in case["steps"]}}
+
+
+def run(step: str, source: Json, contract: Json, folder: Path, name: str = "") -> Json:
+    """The answer of a step, or ``{"error": its sentence}``."""
+    work = folder / (name or step)
+    work.mkdir()
+    request = {"from": source, "out": str(work), "feeds": str(folder / INPUTS_FILE), **contract}
+    try:
+        return importlib.import_module(f"edge_infer.convert.{step}").convert(request)
+    except EdgeInferError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def tensorflow_steps(request: Json) -> Json:
+    """Make the TensorFlow models, convert each to ONNX, by TFLite too, and leave the ``.tflite`` files."""
+    import keras
+    import tensorflow as tf
+
+    from edge_infer.convert import saved_model_to_onnx
+
+    keras.utils.set_random_seed(5)
+    layers, folder = keras.layers, Path(request["folder"])
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="gelu")(image)
+    x = layers.GlobalAveragePooling2D()(x * layers.Dense(1, activation="sigmoid")(x))
+    x = layers.Dense(256, activation="relu")(x)  # large enough to be quantized
+    vision = keras.Model(image, layers.Dense(6, name="scores")(x))
+    steps = keras.Input((None, 3), name="steps")
+    ids = keras.Input((None,), dtype="int64", name="ids")
+    y = layers.GRU(4, return_sequences=True)(layers.Bidirectional(layers.LSTM(3, return_sequences=True))(steps))
+    words = layers.Embedding(16, 4)(ids)
+    words = layers.LayerNormalization()(words + layers.MultiHeadAttention(2, 2)(words, words))
+    language = keras.Model({"steps": steps, "ids": ids}, {"each": y, "topic": layers.Dense(2)(words)})
+    answers = {}
+    for name, model in (("vision", vision), ("language", language)):
+        answers[name] = _tensorflow_case(model, [(t.name, t.dtype, t.shape) for t in model.inputs], folder / name)
+    spec = [tf.TensorSpec((None, 4), tf.float32, name="x")]
+    gate = tf.function(lambda x: {"y": tf.cond(tf.reduce_sum(x) > 0, lambda: x * 2, lambda: x - 1)}, spec)
+    strange = tf.function(lambda x: {"y": tf.math.betainc(1 + tf.abs(x), 2 + tf.abs(x), tf.sigmoid(x))}, spec)
+    for name, function in (("gate", gate), ("strange", strange)):
+        module = tf.Module()
+        module.call = function
+        answers[name] = _tensorflow_case(module, [("x", "float32", (None, 4))], folder / name)
+    # As for models over 2 GB.
+    plain = saved_model_to_onnx.to_onnx
+    saved_model_to_onnx.to_onnx = lambda function, inputs: plain(function, inputs, large=True)
+    answers["vision"]["large"] = run(
+        "saved_model_to_onnx", answers["vision"]["form"], _contract(answers["vision"]), folder / "vision", "large"
+    )
+    for name in ("vision", "gate"):
+        _tflites(folder / name, answers[name])
+    return answers
+
+
+def _contract(answer: Json) -> Json:
+    return {key: answer[key] for key in ("inputs", "outputs")}
+
+
+def _tensorflow_case(model: Any, inputs: list[Any], folder: Path) -> Json:
+    import tensorflow as tf
+
+    from edge_infer.manifest import TensorSpec
+
+    saved = str(folder / "saved_model")
+    if hasattr(model, "export"):
+        model.export(saved, verbose=False)
+    else:
+        tf.saved_model.save(model, saved, signatures={"serving_default": model.call.get_concrete_function()})
+    signature = tf.saved_model.load(saved).signatures["serving_default"]
+    names = sorted(signature.structured_outputs)
+
+    def ask(feed: Json) -> Json:
+        answer = signature(**{name: tf.constant(array) for name, array in feed.items()})
+        return {name: answer[name].numpy() for name in names}
+
+    specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in inputs]
+    contract = ask_source({"out": str(folder), **NO_SAMPLES}, specs, ask)
+    form = {"saved_model": saved, "signature": "serving_default"}
+    return {**contract, "form": form, "onnx": run("saved_model_to_onnx", form, contract, folder, "onnx")}
+
+
+def _tflites(folder: Path, answer: Json) -> None:
+    """Float and quantized; each to ONNX."""
+    import tensorflow as tf
+
+    for name in ("float", "int8"):
+        converter = tf.lite.TFLiteConverter.from_saved_model(answer["form"]["saved_model"])
+        converter.optimizations = [tf.lite.Optimize.DEFAULT] if name == "int8" else []
+        (folder / f"{name}.tflite").write_bytes(converter.convert())
+        form = {"model": str(folder / f"{name}.tflite"), "signature": "serving_default"}
+        answer[f"{name}.tflite"] = run("tflite_to_onnx", form, _contract(answer), folder, f"{name}_onnx")
+
+
+def read_tflites(request: Json) -> Json:
+    """``read_tflite`` on every file of ``request["cases"]``: name, file, signature and inputs that are given."""
+    from edge_infer.convert import read_tflite
+
+    answers: Json = {}
+    for name, (file, signature, inputs) in request["cases"].items():
+        work = Path(request["folder"]) / name
+        work.mkdir(parents=True)
+        source = {"source": file, "kind": "tflite", "signature": signature, "inputs": inputs}
+        try:
+            answers[name] = read_tflite.read({**source, "out": str(work), **NO_SAMPLES})
+        except EdgeInferError as error:
+            answers[name] = {"error": f"{type(error).__name__}: {error}"}
+    return answers
+
+
+def worst(folder: Path, answer: Callable[[probe.Feed], probe.Feed]) -> float:
+    """The largest difference from the source's answers of all outputs and feeds, relative to an output's largest."""
+    feeds, expected = (probe.load_feeds(folder / name) for name in (INPUTS_FILE, "probe_answers.npz"))
+    observed = [answer(feed) for feed in feeds]
+    errors = []
+    for name in expected[0]:
+        scale = max(float(np.abs(case[name]).max()) for case in expected) or 1.0
+        for want, have in zip(expected, observed, strict=True):
+            assert (want[name].shape, want[name].dtype) == (have[name].shape, have[name].dtype), name
+            errors.append(float(np.abs(want[name].astype(float) - have[name].astype(float)).max()) / scale)
+    assert any(not np.array_equal(case[name], expected[0][name]) for case in expected[1:] for name in case)
+    return max(errors)
+
+
+def specs(*rows: tuple[str, str, tuple[int | None, ...]]) -> list[Json]:
+    from edge_infer.manifest import TensorSpec
+
+    return [json.loads(json.dumps(spec_to_json(TensorSpec(*row)))) for row in rows]
