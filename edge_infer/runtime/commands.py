@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_infer import bundle as bundles
 from edge_infer.errors import InputError, UsageError
+from edge_infer.manifest import SetScore
 from edge_infer.runtime import memory
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import check_model, engine_module
@@ -49,14 +50,15 @@ def info(source: Source) -> dict[str, Any]:
             f"{check.what}: {check.observed:.3g} {check.unit} at {check.output}, allowed {check.allowed:.3g}"
             for check in manifest.checks
         ],
-        "scores": [
-            f"{score.samples}: {score.metric} {score.value:.4g} ({score.low:.4g} to {score.high:.4g}, {score.count} samples), "
-            f"the source {score.source:.4g}"
-            for score in manifest.scores
-        ],
+        "scores": [_score(score) for score in manifest.scores],
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }
+
+
+def _score(score: SetScore) -> str:
+    of = f"{score.low:.4g} to {score.high:.4g}, {score.count} samples"
+    return f"{score.samples}: {score.metric} {score.value:.4g} ({of}), the source {score.source:.4g}"
 
 
 def verify(source: Source) -> dict[str, Any]:
