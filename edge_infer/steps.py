@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,8 @@ from edge_infer.manifest import canonical_json
 ANSWER = "answer.json"
 #: A cache larger than this loses what was not used for longest, after each packaging.
 MAX_BYTES = 20 * 10**9
+#: A scratch folder older than this was left by a packaging that was killed.
+ABANDONED_S = 24 * 3600.0
 #: Their versions are part of every key: another version may convert in another way.
 TOOLS = (
     "ai-edge-litert",
@@ -210,18 +213,28 @@ def usage(root: Path) -> Usage:
 def trim(root: Path, most: int, keep: Iterable[str] = ()) -> int:
     """Remove the steps that were not used for longest until at most ``most`` bytes are left; gives the bytes removed.
 
-    Those in ``keep`` stay.
+    Those in ``keep`` stay, and so do the scratch folders of a packaging that may be running beside this one.
     """
     kept = set(keep)
+    youngest = time.time() - ABANDONED_S
     sizes = {folder: _folder_size(folder) for folder in _folders(root)}
     total, removed = sum(sizes.values()), 0
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+    for folder in sorted(sizes, key=_last_use):
         if total - removed <= most:
             break
-        if folder.name not in kept:
+        running = folder.name.startswith(".") and _last_use(folder) > youngest
+        if folder.name not in kept and not running:
             shutil.rmtree(folder, ignore_errors=True)
             removed += sizes[folder]
     return removed
+
+
+def _last_use(folder: Path) -> float:
+    """Seconds since the epoch; long ago for one that another process has just removed."""
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _folders(root: Path) -> list[Path]:

@@ -161,6 +161,16 @@ def test_trim_removes_what_was_not_used_for_longest(tmp_path: Path, calls: Path)
     assert [folder.name for folder in run.root.iterdir()] == [made[2].key]
 
 
+def test_trim_leaves_the_scratch_of_a_packaging_beside_this_one(tmp_path: Path) -> None:
+    running, abandoned = tmp_path / ".running", tmp_path / ".abandoned"
+    for folder in (running, abandoned):
+        folder.mkdir()
+        (folder / "draft").write_text("x" * 1000)
+    os.utime(abandoned, (1000, 1000))
+    assert steps.trim(tmp_path, 0) == 1000
+    assert running.exists() and not abandoned.exists()
+
+
 def test_the_code_of_the_package_is_part_of_the_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calls: Path
 ) -> None:

@@ -4,6 +4,8 @@ Each has ``build(request)``, run in a child process: reads the float model, writ
 says which operators they hold and which engines can run them. Those that quantize statically have ``sensitivity``.
 """
 
+from edge_infer.manifest import PRECISIONS as ALL_PRECISIONS
+
 #: format -> the module whose ``build`` makes its artifacts, and the precisions that its engine really has.
 BUILDERS = {
     "tflite": "edge_infer.quantize.tflite",
@@ -16,16 +18,7 @@ PRUNERS = {
     "torchscript": "edge_infer.quantize.prune_torchscript",
 }
 PRECISIONS = {
-    "tflite": (
-        "float32",
-        "float16",
-        "int8-dynamic",
-        "int8-weights",
-        "int4-weights",
-        "int16x8",
-        "int8",
-        "int8-mixed",
-    ),
+    "tflite": ALL_PRECISIONS,
     "onnx": ("float32", "float16", "int8-dynamic", "int8-weights", "int4-weights", "int8", "int8-mixed"),
     "torchscript": ("float32", "int8-dynamic", "int8"),
 }

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from edge_infer.errors import UsageError
+from edge_infer.quantize import RANGES
 
 Array = np.ndarray[Any, Any]
 
 #: How a range is chosen. "minmax": all that was seen. "percentile": without the rarest values. "entropy": the one in
 #: which 8 bits tell the values apart best (least Kullback-Leibler divergence).
-METHODS = ("minmax", "percentile", "entropy")
+METHODS = RANGES
 #: Share of the values (percent) that a percentile range holds.
 PERCENTILE = 99.99
 #: Histogram bins. The entropy search takes time with their square.

@@ -23,7 +23,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from edge_infer.convert import spec_from_json, tflite_files
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.probe import make_feeds
-from edge_infer.quantize import tflite_versions
+from edge_infer.quantize import CALIBRATED, tflite_versions
 from edge_infer.quantize.ranges import Ranges
 from edge_infer.samples import Samples
 
@@ -33,7 +33,6 @@ MODEL = "model.tflite"
 TYPES = schema.TensorType
 #: Smaller weights stay float32 where only weights are quantized: nothing is won. TFLite's converter has the same limit.
 SMALLEST = 1024
-CALIBRATED = ("int8", "int8-mixed", "int16x8")
 #: The type that a precision gives weights: if no tensor has it, the precision made no difference.
 WEIGHTS = {
     "float16": TYPES.FLOAT16,
