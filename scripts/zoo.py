@@ -47,7 +47,7 @@ def cells(models: Path, rows: list[dict[str, Any]], target: TargetProfile, log: 
             try:
                 shop = workshop(models, row, target, run, Path(scratch))
             except EdgeInferError as error:
-                yield {**row, "cells": {name: {"refused": str(error)} for name in FORMATS}}
+                yield {**row, "cells": {name: _refused(error, models) for name in FORMATS}}
                 continue
             yield {**row, "cells": {name: cell(shop, target, name) for name in FORMATS}}
 
@@ -67,9 +67,16 @@ def cell(shop: Workshop, target: TargetProfile, format: str) -> dict[str, Any]:
     try:
         built = shop.float_model(target.engine(format))
     except EdgeInferError as error:
-        return {"refused": str(error)}
+        return _refused(error, shop.request.source.parent)
     worst = max(built.checks, key=lambda check: check.observed)
     return {"way": list(built.converted.way), "error": worst.observed, "unit": worst.unit}
+
+
+def _refused(error: EdgeInferError, models: Path) -> dict[str, Any]:
+    """Without the folder, which differs from one machine to the next."""
+    sentence = str(error).replace(f"{models}/", "")
+    print(f"  refused: {sentence}", file=sys.stderr, flush=True)
+    return {"refused": sentence}
 
 
 def page(results: list[dict[str, Any]], made: dict[str, Any]) -> str:
