@@ -28,6 +28,8 @@ Feed = dict[str, Array]
 
 #: Golden cases: so many that they fit in this, but never fewer or more than the range.
 GOLDEN_BYTES, GOLDEN_CASES = 1 << 20, (2, 4)
+#: Runs on a device that is measured on; there they also end after two seconds.
+FIRST_LOOK_RUNS, DEVICE_RUNS = 10, 200
 #: Golden answers must differ between cases by this many tolerances for the self-test to prove anything.
 SENSITIVITY = 10.0
 
@@ -133,15 +135,20 @@ def bench(request: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def bench_on(request: Request, bundle: Bundle, runs: int) -> dict[str, Any]:
-    """The same on the device of the request. Raises DeviceError."""
+def bench_on(request: Request, bundle: Bundle, promising: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The same on the device of the request: a first look of few runs, and all when that is ``promising``.
+
+    Raises DeviceError, EngineMissing, and EngineError when the bundle fails there.
+    """
     from edge_infer.deploy.conversation import open_transport
-    from edge_infer.deploy.push import measure
+    from edge_infer.deploy.push import measuring
 
     assert request.device is not None
     transport = open_transport(request.device, **request.ssh_options)
     try:
-        return dict(measure(bundle, transport, python=request.python, runs=runs))
+        with measuring(bundle, transport, python=request.python) as bench:
+            look = dict(bench(FIRST_LOOK_RUNS))
+            return {**bench(DEVICE_RUNS), "first_look": False} if promising(look) else {**look, "first_look": True}
     finally:
         transport.close()
 

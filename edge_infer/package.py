@@ -13,13 +13,21 @@ from edge_infer import convert, evaluate, quantize, steps
 from edge_infer.bundle import Bundle, replace_file, write_bundle
 from edge_infer.convert import ReadOptions
 from edge_infer.convert.source import Source, read_source
-from edge_infer.errors import ConversionError, EdgeInferError, EngineError, LimitError, ParityError, UsageError
+from edge_infer.errors import (
+    ConversionError,
+    EdgeInferError,
+    EngineError,
+    EngineMissing,
+    LimitError,
+    ParityError,
+    UsageError,
+)
 from edge_infer.evaluate import AGREEMENT, Score
 from edge_infer.quantize import mixed
 from edge_infer.report import html
 from edge_infer.report.record import Findings, make_record
 from edge_infer.request import Request, check_request, limits
-from edge_infer.search import Candidate, Limit, Verdict, decide
+from edge_infer.search import Candidate, Limit, Verdict, decide, promising
 from edge_infer.sets import Sets, choose_sets
 from edge_infer.steps import Steps
 from edge_infer.target import EngineProfile, TargetProfile, read_target
@@ -177,12 +185,15 @@ class _Packaging:
         try:
             kept, share = self._mixed(engine) if precision == "int8-mixed" else ((), 0.0)
             built = self.shop.artifact(engine, precision, kept)
-            candidate = self.shop.candidate(built, order, kept, share)
+            candidate = self.shop.candidate(built, order, self._promising, kept, share)
             self.built[candidate.id] = built
-        except (ConversionError, EngineError, LimitError) as error:
+        except (ConversionError, EngineError, EngineMissing, LimitError) as error:
             candidate = Candidate(engine.format, precision, order, error=error)
         self.candidates.append(candidate)
         return candidate
+
+    def _promising(self, looked: Candidate) -> bool:
+        return promising(looked, self.candidates, self.limits, self.request.prefer)
 
     # ---- the score
 
@@ -255,6 +266,8 @@ class _Packaging:
         reasons = "; ".join(f"{', '.join(ids)}: {reason}" for reason, ids in by_reason.items())
         if any(isinstance(error, LimitError) for error in errors):
             return LimitError(f"nothing fits {self.target.name}: {reasons}")
+        if all(isinstance(error, EngineMissing) for error in errors):
+            return EngineMissing(reasons)
         log = next((error.log for error in errors if isinstance(error, ConversionError) and error.log), "")
         return ConversionError(f"no conversion for {self.target.name} succeeded: {reasons}", log)
 

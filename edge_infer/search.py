@@ -6,7 +6,7 @@ Pure: no candidate is made here. Sizes are in bytes, times in milliseconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_infer.errors import EdgeInferError
@@ -15,6 +15,8 @@ from edge_infer.manifest import Check
 
 #: What ``--prefer`` takes. ``target``: the first in the target's own order of engines and precisions.
 PREFERENCES = ("target", "size", "latency", "accuracy")
+#: A time of few runs may be so many times what many runs find.
+FIRST_LOOK_NOISE = 1.5
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Candidate:
     """One artifact that was tried. ``error`` says why there is nothing to measure; otherwise all figures are there.
 
     ``size`` counts all files of the bundle, ``download`` the same compressed. ``measured`` holds ``peak_bytes``,
-    ``private_bytes``, ``load_ms``, ``p50_ms`` and ``p95_ms``, taken on ``measured_on``. ``search`` and ``holdout``
+    ``private_bytes``, ``load_ms``, ``p50_ms``, ``p95_ms``, ``runs`` and ``throttled``, taken on ``measured_on``;
+    ``first_look`` is true where a few runs were enough to see that it would not be chosen. ``search`` and ``holdout``
     are the scores on the set that the choice is made with and on the one that is only reported.
     """
 
@@ -136,6 +139,14 @@ def violated(candidate: Candidate, limits: Sequence[Limit]) -> list[Limit]:
     return sorted(
         (limit for limit in limits if limit.excess(candidate) > 0), key=lambda limit: -limit.excess(candidate)
     )
+
+
+def promising(looked: Candidate, others: Sequence[Candidate], limits: Sequence[Limit], prefer: str) -> bool:
+    """Whether a candidate may still be the one to choose after a first look at its times, whose noise is granted."""
+    times = {name: looked.measured[name] / FIRST_LOOK_NOISE for name in ("load_ms", "p50_ms")}
+    granted = replace(looked, measured={**looked.measured, **times})
+    rivals = [item for item in others if item.error is None and not violated(item, limits)]
+    return not violated(granted, limits) and all(ORDERS[prefer](granted) < ORDERS[prefer](item) for item in rivals)
 
 
 def _badness(candidate: Candidate) -> float:

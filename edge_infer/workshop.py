@@ -32,9 +32,6 @@ from edge_infer.steps import Made, Steps
 from edge_infer.target import EngineProfile, TargetProfile
 from edge_infer.transfer import transfer_size
 
-#: Runs on a device that is measured on; there it also ends after two seconds.
-DEVICE_RUNS = 200
-
 
 @dataclass(frozen=True)
 class Built:
@@ -191,34 +188,43 @@ class Workshop:
         checks = measure.compare(what, expected, answers, built.precision) if what else ()
         return replace(built, answers=answers, checks=(*(base.checks if base else ()), *checks), judged=made)
 
-    def candidate(self, built: Built, order: int, keep_float: Sequence[str] = (), share: float = 0.0) -> Candidate:
-        """The finished bundle of an artifact, measured. Raises LimitError when the target's engine is too old."""
+    def candidate(
+        self,
+        built: Built,
+        order: int,
+        promising: Callable[[Candidate], bool],
+        keep_float: Sequence[str] = (),
+        share: float = 0.0,
+    ) -> Candidate:
+        """The finished bundle of an artifact, measured; on a device to the end only if it is ``promising``.
+
+        Raises LimitError when the target's engine is too old, and what a device says against the bundle.
+        """
         bundle = self.draft(built)
         _check_engine(bundle.manifest.artifact.requires, built.engine, self.target)
-        measured, where = self._measured(bundle)
-        return Candidate(
+        unmeasured = Candidate(
             built.engine.format,
             built.precision,
             order,
             built.converted.way,
             bundle.manifest.size + len(bundle.manifest.to_bytes()),
             transfer_size([bundle.file(name) for name in bundle.manifest.files]),
-            measured,
-            where,
-            built.score("search"),
-            built.score("holdout"),
-            built.checks,
-            tuple(keep_float),
-            share,
-            self.request.sparsity,
+            search=built.score("search"),
+            holdout=built.score("holdout"),
+            checks=built.checks,
+            kept_float=tuple(keep_float),
+            kept_share=share,
+            sparsity=self.request.sparsity,
         )
+        measured, where = self._measured(bundle, lambda look: promising(replace(unmeasured, measured=look)))
+        return replace(unmeasured, measured=measured, measured_on=where)
 
-    def _measured(self, bundle: Bundle) -> tuple[dict[str, Any], str]:
+    def _measured(self, bundle: Bundle, promising: Callable[[dict[str, Any]], bool]) -> tuple[dict[str, Any], str]:
         artifact = bundle.manifest.artifact
         title = f"measuring {artifact.format} {artifact.precision}"
         if self.request.device:
             self.steps.progress(f"{title} on {self.request.device}")
-            return measure.bench_on(self.request, bundle, DEVICE_RUNS), self.request.device
+            return measure.bench_on(self.request, bundle, promising), self.request.device
         request = {"bundle": str(bundle.path), "threads": min(self.target.cores, default_threads())}
         identity = {str(bundle.path): f"{bundle.digest} on {platform.node()}"}
         made = self.steps.run("edge_infer.measure:bench", request, title, identity)

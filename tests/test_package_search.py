@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from onnx_models import save, value
 
 from edge_infer.bundle import open_bundle
 from edge_infer.cli import main
-from edge_infer.errors import EXIT_NOTHING_FITS, LimitError, UsageError
+from edge_infer.errors import EXIT_NOTHING_FITS, EngineMissing, LimitError, UsageError
 from edge_infer.package import Packaged, Request, package, report_path
 from edge_infer.runtime.session import load
 
@@ -200,9 +202,27 @@ def test_the_report_lies_beside_the_bundle_and_holds_the_record(searched: Packag
 
 def test_candidates_are_measured_on_a_device_and_leave_nothing_there(models: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    done = package(digits(tmp_path / "d.edge", device=f"local:{store}"))
+    done = package(digits(tmp_path / "d.edge", precision="auto", device=f"local:{store}"))
     assert done.chosen.measured_on == f"local:{store}"
     assert done.chosen.measured["p50_ms"] > 0
     assert not [path for path in (store / "releases").rglob("*") if path.is_file()]
     assert not (store / "current").exists() or not list((store / "current").iterdir())
     assert open_bundle(done.bundle.path).digest == done.bundle.digest
+    # The first in the target's order that fits is timed to the end; of those after it a first look is enough.
+    looks = [row["first_look"] for row in done.record["candidates"] if row["measured_on"]]
+    assert looks == [False] + [True] * (len(looks) - 1) and len(looks) > 2
+    assert all(row["runs"] <= 10 for row in done.record["candidates"] if row["first_look"])
+    assert done.chosen.measured["runs"] > 10
+    assert "A few runs were enough to see" in done.report.read_text("utf-8")
+
+
+def test_what_a_device_refuses_is_dropped_with_its_words(
+    models: Path, tmp_path: Path, device_python: Callable[[str], Path]
+) -> None:
+    store = f"local:{tmp_path / 'store'}"
+    asked = Request(models / "keras.keras", "cpu-x86_64", tmp_path / "d.edge", precision="float32", device=store)
+    done = package(replace(asked, python=str(device_python("onnx"))))
+    assert done.chosen.id == "onnx float32"
+    assert "has no such engine" in done.verdict.reasons["tflite float32"]
+    with pytest.raises(EngineMissing, match=r"has no such engine; there: .*pip install"):
+        package(replace(asked, format="tflite", python=str(device_python("onnx"))))

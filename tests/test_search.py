@@ -6,7 +6,7 @@ import pytest
 
 from edge_infer.errors import ConversionError
 from edge_infer.evaluate import Score
-from edge_infer.search import Candidate, Limit, decide, front
+from edge_infer.search import FIRST_LOOK_NOISE, Candidate, Limit, decide, front, promising
 
 
 def score(value: float, *, error: bool = False) -> Score:
@@ -94,3 +94,27 @@ def test_a_limit_on_what_was_not_measured_binds_nobody() -> None:
 def test_without_a_measured_candidate_there_is_no_nearest() -> None:
     verdict = decide([FAILED], [SIZE], "target")
     assert (verdict.chosen, verdict.nothing_fits) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("prefer", "looked", "worth"),
+    [
+        ("target", made("late", 5, 0.1, 1.0, order=4), False),
+        ("target", made("early", 90, 9.0, 0.5, order=-1), True),
+        ("size", made("smaller", 5, 9.0, 0.5), True),
+        ("size", made("larger", 31, 0.1, 1.0), False),
+        ("latency", made("a little slower", 5, 1.4, 0.5), True),
+        ("latency", made("much slower", 5, 1.6, 1.0), False),
+    ],
+)
+def test_a_first_look_tells_who_cannot_be_chosen_any_more(prefer: str, looked: Candidate, worth: bool) -> None:
+    assert promising(looked, [FAST, FAILED], [], prefer) is worth
+
+
+def test_a_first_look_grants_its_noise_to_times_and_to_nothing_else() -> None:
+    looked = made("new", 30, 3.0, 0.95, order=-1)
+    assert promising(looked, ALL, [Limit("latency", 3.0 / FIRST_LOOK_NOISE, "ms", "--max-latency")], "target")
+    assert not promising(looked, ALL, [Limit("latency", 2.9 / FIRST_LOOK_NOISE, "ms", "--max-latency")], "target")
+    assert not promising(looked, ALL, [Limit("size", 29, "bytes", "--max-size")], "target")
+    # One that does not fit is no rival.
+    assert promising(made("late", 5, 0.1, 1.0, order=4), [EXACT], [SIZE], "target")

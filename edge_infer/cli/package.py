@@ -193,6 +193,9 @@ def show(answer: dict[str, Any]) -> None:
         if row["status"] == "chosen" and row["kept_float"]:
             layers = row["kept_float"]["layers"]
             print(f"in float: {', '.join(layers)}; {row['kept_float']['share_of_weights']:.1%} of the weights")
+    for row in answer["candidates"]:
+        if row["status"] == "chosen" and row["throttled"]:
+            print("note: the processor was throttled while this was timed; see the report")
     for name in answer["blind"]:
         print(
             f"note: the self-test is blind for output {name!r}: it hardly changes between the golden inputs; "

@@ -108,6 +108,11 @@ class Conversation:
                 self._write(data)
         return size
 
+    def end(self) -> None:
+        """Say that nothing more is asked, and wait until the receiver has put away what it keeps for this only."""
+        self._process.close_input()
+        self._process.wait()
+
     def _write(self, data: bytes) -> None:
         """Write; when the receiver is gone, its last words say why better than the broken pipe."""
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,25 +60,22 @@ def push(
     return Pushed(transport.address, bundle.digest, tuple(steps), sent, current, report)
 
 
-def measure(
-    bundle: Bundle,
-    transport: Transport,
-    *,
-    python: str | None = None,
-    runs: int = 200,
-    timeout_s: float = TIMEOUT_S,
-) -> Mapping[str, Any]:
-    """Send ``bundle``, let the device self-test and time it, and remove it there; gives what ``bench`` gives.
+@contextmanager
+def measuring(
+    bundle: Bundle, transport: Transport, *, python: str | None = None, timeout_s: float = TIMEOUT_S
+) -> Iterator[Callable[[int], Mapping[str, Any]]]:
+    """Send ``bundle`` to be self-tested and timed on the device; it is removed there at the end.
 
-    Raises as ``push`` does. What the device serves stays as it is.
+    Gives a function that runs it so many times and gives what ``bench`` gives. Raises as ``push`` does. What the
+    device serves stays as it is.
     """
     with Conversation(transport) as device:
         answer = device.ask("begin", manifest=bundle.manifest.to_bytes().decode(), python=python)
         for step in make_plan(bundle.manifest, bundle.digest, answer):
             if step.action == "send":
                 device.send_file(step.subject, bundle.file(step.subject), step.offset)
-        measured: Mapping[str, Any] = device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
-        return measured
+        yield lambda runs: device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
+        device.end()
 
 
 def status(transport: Transport, python: str | None = None) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "messag
     begin     name, manifest, store, python -> facts, what is missing of each file, the release in use
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
     finish    timeout_s -> verify, self-test in a child, activate, collect
+    measure   timeout_s, runs -> verify, self-test and time it; it is thrown away when the conversation ends
     status    -> rows of the store
     rollback  name -> the release now in use
 """
@@ -75,6 +76,7 @@ class Receiver:
         self.python = sys.executable
         self.manifest: Optional[Manifest] = None
         self.digest = ""
+        self.passing = False  # whether the bundle is here to be measured only
 
     def serve(self) -> None:
         """Answer requests until the host ends the conversation or one fails."""
@@ -87,10 +89,14 @@ class Receiver:
                 self.answer(first)
                 return
             with self.store.lock():
-                request: Optional[Mapping[str, Any]] = first
-                while request is not None:
-                    self.answer(request)
-                    request = self.read()
+                try:
+                    request: Optional[Mapping[str, Any]] = first
+                    while request is not None:
+                        self.answer(request)
+                        request = self.read()
+                finally:
+                    if self.passing:
+                        self.store.discard(self.bundle.name, self.digest)
         except EdgeInferError as error:
             self.tell({"error": admission.describe(error)})
         except OSError as error:
@@ -209,19 +215,15 @@ class Receiver:
         return {"report": report, "freed": self.store.collect(), "digest": self.digest}
 
     def measure(self, request: Mapping[str, Any]) -> Dict[str, Any]:
-        """Self-test and time the bundle that was sent, and throw it away: the store serves what it served."""
+        """Time the bundle that was sent, after a self-test the first time. The store serves what it served."""
         name, timeout_s = self.bundle.name, float(request["timeout_s"])
-        kept = self.store.has(name, self.digest)
-        if not kept:
-            self._admit()
         release = self.store.release(name, self.digest)
-        try:
+        if not self.store.has(name, self.digest):
+            self._admit()
+            self.passing = True
             admission.self_test(release, self.python, timeout_s)
-            asked = ["bench", str(release), "--runs", str(int(request["runs"]))]
-            return {"measured": admission.run_child(self.python, asked, timeout_s)}
-        finally:
-            if not kept:
-                self.store.discard(name, self.digest)
+        asked = ["bench", str(release), "--runs", str(int(request["runs"]))]
+        return {"measured": admission.run_child(self.python, asked, timeout_s)}
 
     def _admit(self) -> None:
         """Complete the staged folder and move it among the releases; one that fails its check is thrown away."""

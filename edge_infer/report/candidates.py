@@ -32,8 +32,8 @@ def candidates(record: Record) -> Markup | None:
     states = [_status(item) for item in items]
     counted = ", ".join(f"{states.count(state)} {words}" for state, words in _counted(states) if state in states)
     caption = f"{units.count(len(items), 'candidate')}: {counted}."
-    where = sorted({str(item["measured_on"]) for item in items if item.get("measured_on")})
-    note = element("p", f"Time and memory: {'; '.join(where)}.", cls="note") if where else None
+    notes = facts.timing_notes(record)
+    note = element("p", " ".join(notes), cls="note") if notes else None
     return section(
         "candidates",
         "Candidates",

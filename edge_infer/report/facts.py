@@ -145,6 +145,24 @@ def _samples(answer: Record, samples: str) -> str:
     return units.count(answer.get("count"), f"{samples} sample") if answer.get("count") else f"{samples} samples"
 
 
+def timing_notes(record: Record) -> list[str]:
+    """Sentences on where, how long and under which conditions candidates were timed."""
+    items = [item for item in record.get("candidates") or [] if item.get("measured_on")]
+    if not items:
+        return []
+    notes = [f"Time and memory: {'; '.join(sorted({str(item['measured_on']) for item in items}))}."]
+    looked = [str(item["id"]) for item in items if item.get("first_look")]
+    if looked:
+        notes.append(f"A few runs were enough to see that these would not be chosen: {_listed(looked)}.")
+    slowed = [str(item["id"]) for item in items if item.get("throttled")]
+    if slowed:
+        notes.append(
+            f"The processor was throttled while these were timed: {_listed(slowed)}; cool the machine or mend its "
+            "power supply, and measure again."
+        )
+    return notes
+
+
 def _nothing_fits(record: Record, nothing: Record) -> str:
     binding = nothing.get("binding")
     row: Record = next((row for row in record.get("limits") or [] if row.get("name") == binding), {})

@@ -16,6 +16,18 @@ from edge_infer.sets import Sets
 
 #: Fields of a request that say nothing when they have these values.
 UNSAID: tuple[Any, ...] = (None, False, (), {}, 0.0)
+#: What a benchmark measures of a candidate.
+MEASURED = (
+    "peak_bytes",
+    "private_bytes",
+    "load_ms",
+    "p50_ms",
+    "p95_ms",
+    "runs",
+    "first_look",
+    "throttled",
+    "temperature_c",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +143,7 @@ def _candidate(item: Candidate, verdict: Verdict) -> dict[str, Any]:
         "route": list(item.way),
         "size_bytes": item.size if made else None,
         "download_bytes": item.download if made else None,
-        **{name: item.measured.get(name) for name in ("peak_bytes", "private_bytes", "load_ms", "p50_ms", "p95_ms")},
+        **{name: item.measured.get(name) for name in MEASURED},
         "measured_on": item.measured_on or None,
         "search": _score(item.search),
         "holdout": _score(item.holdout),

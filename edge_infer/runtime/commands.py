@@ -15,7 +15,7 @@ import numpy as np
 from edge_infer import bundle as bundles
 from edge_infer.errors import InputError, UsageError
 from edge_infer.manifest import SetScore
-from edge_infer.runtime import memory
+from edge_infer.runtime import memory, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import check_model, engine_module
 from edge_infer.runtime.golden import read_golden, self_test
@@ -121,12 +121,14 @@ def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) ->
 
     ``load_ms``: open with the files' hashes already known. ``private_bytes``: anonymous memory added over the
     imported engine, after the runs. ``peak_bytes``: the largest resident size of the whole process.
+    ``throttled``: whether the machine slowed its processor meanwhile, None where it does not say.
     """
     bundle = find_bundle(source)
     engine_module(bundle).import_engine(bundle)
     load(source, threads=threads).close()  # hashes the files and leaves the stamp
     asked = read_golden(bundle)[0][0]
     baseline = memory.private_bytes()
+    cool = thermal.read()
     started = time.perf_counter()
     with load(source, threads=threads) as session:
         loaded = time.perf_counter()
@@ -142,6 +144,7 @@ def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) ->
             "runs": len(latencies),
             "private_bytes": max(0, memory.private_bytes() - baseline),
             "peak_bytes": memory.peak_bytes(),
+            **thermal.between(cool, thermal.read()),
         }
 
 
