@@ -57,7 +57,8 @@ def tensorflow_steps(request: Json) -> Json:
     keras.utils.set_random_seed(5)
     layers, folder = keras.layers, Path(request["folder"])
     image = keras.Input((8, 8, 3), name="image")
-    x = layers.SeparableConv2D(4, 3, padding="same", activation="gelu")(image)
+    x = layers.Normalization(mean=(0.1, 0.2, 0.3), variance=(1.0, 0.5, 2.0))(image)  # no variables, tensors held
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="gelu")(x)
     x = layers.GlobalAveragePooling2D()(x * layers.Dense(1, activation="sigmoid")(x))
     x = layers.Dense(256, activation="relu")(x)  # large enough to be quantized
     vision = keras.Model(image, layers.Dense(6, name="scores")(x))

@@ -83,8 +83,20 @@ def to_onnx(function: Any, inputs: list[TensorSpec], large: bool = False) -> onn
                 tensor.raw_data = storage.name_to_tensor_data[entry.value]
         del tensor.external_data[:]
         tensor.ClearField("data_location")
+    _hold_constants(made, function.get_concrete_function(*specs))
     converted: onnx.ModelProto = made
     return converted
+
+
+def _hold_constants(made: onnx.ModelProto, concrete: Any) -> None:
+    """Tensors that a function holds beside its variables, as Keras's normalization does, are no inputs of the model."""
+    held = zip(
+        concrete.inputs[len(concrete.inputs) - len(concrete.captured_inputs) :], concrete.captured_inputs, strict=True
+    )
+    values = {inside.name: tensor for inside, tensor in held if inside.dtype != tf.resource}
+    for item in [item for item in made.graph.input if item.name in values]:
+        made.graph.initializer.append(onnx.numpy_helper.from_array(values[item.name].numpy(), item.name))
+        made.graph.input.remove(item)
 
 
 def _tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
