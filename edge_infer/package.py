@@ -145,6 +145,7 @@ class _Packaging:
         self.trials: dict[str, Sequence[dict[str, Any]]] = {}
 
     def package(self, plan: Plan) -> Packaged:
+        plan = self._as_it_is(plan)
         for order, (engine, precision) in enumerate(plan):
             # A place between this one and the next is for the mixed precision that may stand in for int8.
             tried = self._try(engine, precision, 2 * order)
@@ -162,12 +163,21 @@ class _Packaging:
         replace_file(report, html.render(record).encode(), durable=False)
         return Packaged(bundle, chosen, tuple(self.candidates), verdict, record, report)
 
+    def _as_it_is(self, plan: Plan) -> Plan:
+        """A source in the target's format that is quantized already is tried in its own precision and no other."""
+        own, format = self.model.precision, self.model.form
+        if own == "float32" or self.request.precision != "auto":
+            return plan
+        kept = [pair for pair in plan if pair[0].format != format]
+        return [(self.target.engine(format), own), *kept] if len(kept) < len(plan) else plan
+
     def _findings(self, built: Built, chosen: Candidate) -> Findings:
         """What the report says of the chosen artifact besides its figures."""
         source = self.model.source
         samples = self.model.made.answer["samples"]
         layers: list[dict[str, Any]] = []
-        if chosen.precision in MEASURED_LAYERS and chosen.format in quantize.SENSITIVE:
+        made_here = chosen.precision in MEASURED_LAYERS and self.model.precision == "float32"
+        if made_here and chosen.format in quantize.SENSITIVE:
             kept = set(chosen.kept_float)
             with suppress(ConversionError):  # evidence that cannot be had is missing from the report, no more
                 layers = [{**row, "kept_float": row["name"] in kept} for row in self.shop.sensitivity(built.engine)]

@@ -66,6 +66,8 @@ class Workshop:
     def float_model(self, engine: EngineProfile) -> Built:
         """The float32 artifact, by the first way whose result computes the same as the source.
 
+        Of a source in the engine's own format that is quantized already, that as it is.
+
         Raises ConversionError that names each way and why it failed.
         """
         if engine.format not in self._floats:
@@ -80,7 +82,8 @@ class Workshop:
         for way in convert.ways(self.model.form, engine.format):
             try:
                 converted = convert.convert(self.model, way, self.steps)
-                return self._judged(self._build(converted, engine, "float32"), "float32 against the source")
+                precision = "float32" if way.modules else self.model.precision
+                return self._judged(self._build(converted, engine, precision), f"{precision} against the source")
             except ConversionError as error:
                 failures.append((way, error))
         return _no_way(failures)
@@ -91,11 +94,9 @@ class Workshop:
         """An artifact, compared with float32 and scored. Raises ConversionError, ParityError, EngineError."""
         base = self.float_model(engine)
         pruned = self._pruned(base)
-        if precision == "float32" and pruned is base.converted:
-            return base
         if pruned is not base.converted:
-            base = self._judged(self._build(pruned, engine, "float32"), None)
-        if precision == "float32":
+            base = self._judged(self._build(pruned, engine, base.precision), None)
+        if precision == base.precision:
             return base
         built = self._build(pruned, engine, precision, keep_float)
         return self._judged(built, f"{precision} against float32", base)
@@ -127,7 +128,8 @@ class Workshop:
     def _build_request(
         self, converted: Converted, engine: EngineProfile, precision: str, keep_float: Sequence[str]
     ) -> dict[str, Any]:
-        calibrated = precision in quantize.CALIBRATED
+        # A source that is quantized already needs no samples.
+        calibrated = precision in quantize.CALIBRATED and self.sets.calibration
         return {
             "from": converted.details,
             "inputs": [spec_to_json(spec) for spec in self.model.inputs],
@@ -185,7 +187,7 @@ class Workshop:
         identity = {str(draft.path): draft.digest}
         made = measure.judged(self.steps, request, f"checking {name}", identity, draft)
         answers = tuple(load_feeds(made.folder / convert.ANSWERS_FILE))
-        checks = measure.compare(what, expected, answers, built.precision) if what else ()
+        checks = measure.compare(what, expected, answers, built.precision, same_model=base is None) if what else ()
         return replace(built, answers=answers, checks=(*(base.checks if base else ()), *checks), judged=made)
 
     def candidate(

@@ -16,7 +16,7 @@ from ai_edge_litert.interpreter import Interpreter
 from tflite_models import Net, weights
 
 from edge_infer import worker
-from edge_infer.convert import tflite_files
+from edge_infer.convert import tflite_files, tflite_precision
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.quantize import ranges, tflite, tflite_releases, tflite_versions
 from edge_infer.quantize.ranges import Ranges
@@ -262,11 +262,11 @@ def test_custom_operators_are_refused_by_name(tmp_path: Path) -> None:
         tflite.build(wish)
 
 
-def test_a_quantized_model_is_no_source(digits_built: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path) -> None:
-    model, _ = digits_built["int8"]
-    samples = [{"image": np.zeros((1, 8, 8, 1), np.float32)}]
-    with pytest.raises(ConversionError, match="quantized already"):
-        tflite.build(request(model, tmp_path / "out", "float32", samples, {"image": [None, 8, 8, 1]}))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_was_made_tells_its_precision(
+    precision: str, digits_built: dict[str, tuple[Path, dict[str, Any]]]
+) -> None:
+    assert tflite_precision.precision_of(tflite_files.read(digits_built[precision][0])) == precision
 
 
 def test_static_precisions_need_samples(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class Read:
     outputs: tuple[TensorSpec, ...]
     identity: dict[str, str]
 
+    @property
+    def precision(self) -> str:
+        """What the source is in already; only a file of an engine's own format is not in float32."""
+        return str(self.made.answer["details"].get("precision", "float32"))
+
     def probe_inputs(self) -> list[probe.Feed]:
         return probe.load_feeds(self.made.folder / INPUTS_FILE)
 

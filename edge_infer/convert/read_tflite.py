@@ -10,21 +10,15 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from edge_infer.convert import ask_source, override, spec_from_json, tflite_files
+from edge_infer.convert.tflite_precision import precision_of, with_float_ends
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.manifest import DTYPES, TensorSpec
 
 Array = np.ndarray[Any, Any]
 
-#: Types of weights that were quantized; their numbers mean nothing without a scale.
-QUANTIZED_TYPES = frozenset(
-    getattr(schema.TensorType, name)
-    for name in ("INT2", "INT4", "INT8", "UINT8", "INT16")
-    if hasattr(schema.TensorType, name)
-)
-
 
 def read(request: dict[str, Any]) -> dict[str, Any]:
-    """Ask a ``.tflite`` the probe inputs; the form is ``tflite``, ``details["quantized"]`` says what its weights are.
+    """Ask a ``.tflite`` the probe inputs; the form is ``tflite``, ``details["precision"]`` says what it is in already.
 
     Raises UsageError, ConversionError.
     """
@@ -32,6 +26,8 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     _check(path)
     model = tflite_files.read(path)
     signature = _choose_signature(path, model, request["signature"])
+    precision = precision_of(model)
+    with_float_ends(model, signature)
     inputs = override(_specs(path, model, signature), [spec_from_json(row) for row in request["inputs"]])
     _fix_shapes(model, signature, inputs)
     tflite_files.operators(model)
@@ -49,22 +45,9 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     details = {
         "model": str(copy),
         "signature": key,
-        "quantized": is_quantized(model),
+        "precision": precision,
     }
     return {**answer, "details": details, "tools": {"ai-edge-litert": _version()}}
-
-
-def is_quantized(model: Any) -> bool:
-    """Whether some weights are integers with a scale. Those of 16-bit floats are not meant."""
-    return any(
-        tensor.type in QUANTIZED_TYPES
-        and tensor.quantization is not None
-        and len(tensor.quantization.scale if tensor.quantization.scale is not None else ()) > 0
-        and model.buffers[tensor.buffer].data is not None
-        and len(model.buffers[tensor.buffer].data) > 0
-        for graph in model.subgraphs
-        for tensor in graph.tensors
-    )
 
 
 def _version() -> str:

@@ -189,6 +189,14 @@ def operators(model: Any) -> list[str]:
     return sorted({NAMES.get(operator_code(code), str(operator_code(code))) for code in codes})
 
 
+def add_operator_code(model: Any, builtin: int) -> int:
+    """Declare a built-in operator; gives the number by which operators refer to it."""
+    code = schema.OperatorCodeT()
+    code.builtinCode, code.deprecatedBuiltinCode, code.version = builtin, min(builtin, 127), 1
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
+
+
 def _custom_name(code: Any) -> str:
     return (code.customCode or b"without a name").decode("utf-8", "replace")
 

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from edge_infer.convert import onnx_graphs, spec_from_json, tflite_files
 from edge_infer.convert.onnx_graphs import OPSET
-from edge_infer.convert.read_tflite import is_quantized
 from edge_infer.convert.tf2onnx_graphs import canonical, explain, refuse_leftovers, tf2onnx
+from edge_infer.convert.tflite_precision import precision_of
 from edge_infer.errors import ConversionError, EdgeInferError
 
 
@@ -49,7 +49,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     outputs = [spec_from_json(row) for row in request["outputs"]]
     work = Path(request["out"])
     model = tflite_files.read(Path(source["model"]))
-    if is_quantized(model):
+    if precision_of(model) not in ("float32", "float16"):
         raise ConversionError(
             "the TFLite model is quantized already, and ONNX would compute it otherwise, rounded in other places; "
             "use --format tflite, or package the float model it was made from"

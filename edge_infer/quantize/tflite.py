@@ -97,7 +97,7 @@ def _quantized(request: dict[str, Any], work: Path) -> Any:
     """The model in the precision asked for; its weights may be mapped from files in ``work``."""
     model = normalized(request)
     precision = request["precision"]
-    if precision == "float32":
+    if precision == request["from"].get("precision", "float32"):
         return model
     if precision == "float16":
         _to_float16(model)
@@ -112,29 +112,24 @@ def _quantized(request: dict[str, Any], work: Path) -> Any:
 
 
 def normalized(request: dict[str, Any]) -> Any:
-    """The float32 model with nothing in it that tells of its making, one signature, and one name a tensor."""
+    """The source with nothing in it that tells of its making, one signature, and one name a tensor.
+
+    It is float32, unless its own precision is the one asked for.
+    """
     model = tflite_files.read(Path(request["from"]["model"]))
     tflite_files.operators(model)
-    _refuse_quantized(model)
+    own = request["from"].get("precision", "float32")
+    if own not in ("float32", request["precision"]):
+        raise ConversionError(
+            f"the TFLite model is {own} already, which {request['precision']} cannot be made of; give the float32 "
+            "model that it was made from, or leave --precision away to package it as it is"
+        )
     signature = tflite_files.only_signature(model)
     model.signatureDefs = [signature]
     signature.signatureKey = request["from"]["signature"].encode()
     tflite_files.strip(model)
     tflite_files.unique_tensor_names(model)
     return model
-
-
-def _refuse_quantized(model: Any) -> None:
-    """A model with quantized weights already cannot be made float32 or quantized better."""
-    for graph in model.subgraphs:
-        for tensor in graph.tensors:
-            if tensor.type in (TYPES.INT8, TYPES.UINT8, TYPES.INT16, TYPES.INT4) and tflite_versions.is_quantized(
-                tensor
-            ):
-                raise ConversionError(
-                    f"the TFLite model is quantized already (tensor {tensor.name.decode('utf-8', 'replace')!r}); give "
-                    "the float32 model that it was made from"
-                )
 
 
 # float16
@@ -172,7 +167,7 @@ def _read_through_dequantize(model: Any, graph: Any, made: dict[int, int]) -> No
     """Let the graph read the tensors ``made`` (index -> buffer of float16 values) through DEQUANTIZE."""
     if not made:
         return
-    code = _operator_code(model, schema.BuiltinOperator.DEQUANTIZE)
+    code = tflite_files.add_operator_code(model, schema.BuiltinOperator.DEQUANTIZE)
     operators, float32 = [], {}
     for index, buffer in made.items():
         stored, tensor = graph.tensors[index], schema.TensorT()
@@ -190,13 +185,6 @@ def _read_through_dequantize(model: Any, graph: Any, made: dict[int, int]) -> No
     for entry in (entry for signature in model.signatureDefs for entry in signature.outputs):
         entry.tensorIndex = float32.get(entry.tensorIndex, entry.tensorIndex)
     graph.operators = [*operators, *graph.operators]
-
-
-def _operator_code(model: Any, builtin: int) -> int:
-    code = schema.OperatorCodeT()
-    code.builtinCode, code.deprecatedBuiltinCode, code.version = builtin, min(builtin, 127), 1
-    model.operatorCodes.append(code)
-    return len(model.operatorCodes) - 1
 
 
 # integers
