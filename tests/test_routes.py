@@ -259,9 +259,10 @@ def read_answers(tensorflow_answers: tuple[Path, Json], tmp_path_factory: pytest
     return folder, child("read_tflites", {"cases": cases}, folder)
 
 
-def test_read_tflite_tells_float_from_quantized(read_answers: tuple[Path, Json]) -> None:
+def test_read_tflite_tells_the_precision(read_answers: tuple[Path, Json]) -> None:
     answers = read_answers[1]
-    assert [answers[name]["details"]["quantized"] for name in ("float", "int8")] == [False, True]
+    kinds = {name: answers[name]["details"]["precision"] for name in ("float", "int8")}
+    assert kinds == {"float": "float32", "int8": "int8-dynamic"}
     assert answers["float"]["inputs"] == specs(("image", "float32", (None, 8, 8, 3)))
     assert [row["name"] for row in answers["float"]["outputs"]] == ["output_0"]
 
