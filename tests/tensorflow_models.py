@@ -53,7 +53,7 @@ def make(folder: Path) -> None:
     import keras
 
     keras.utils.set_random_seed(3)
-    for build in (two_named_inputs, two_signatures, many_dtypes, beyond_tflite, sequential):
+    for build in (two_named_inputs, two_signatures, many_dtypes, beyond_tflite, sequential, recurrent):
         build(folder)
 
 
@@ -165,6 +165,21 @@ def sequential(folder: Path) -> None:
     model.save(folder / "sequential.keras")
     feeds = [{"row of five": np.random.default_rng(5).standard_normal((batch, 5), np.float32)} for batch in (1, 6)]
     ask(folder, "sequential", lambda feed: {"two.columns": model(feed["row of five"])}, feeds)
+
+
+def recurrent(folder: Path) -> None:
+    """Loops over a known number of steps, one after the other, one within a model of its own."""
+    import keras
+
+    inner = keras.Sequential([keras.Input((9, 6)), keras.layers.GRU(4, return_sequences=True)], name="inner")
+    steps = keras.Input((9, 3), name="steps")
+    x = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))(steps)
+    model = keras.Model(steps, keras.layers.SimpleRNN(2, name="last")(inner(x)))
+    model.save(folder / "recurrent.keras")
+    model.export(folder / "recurrent", verbose=False)
+    rng = np.random.default_rng(6)
+    feeds = [{"steps": rng.standard_normal((batch, 9, 3), np.float32)} for batch in (1, 2, 5)]
+    ask(folder, "recurrent", lambda feed: {"last": model(feed["steps"])}, feeds)
 
 
 if __name__ == "__main__":

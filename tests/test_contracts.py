@@ -19,6 +19,7 @@ import torch_models
 from edge_infer import load
 from edge_infer.bundle import Bundle
 from edge_infer.cli.options import parse_input
+from edge_infer.errors import ConversionError
 from edge_infer.package import Request, package
 
 Arrays = dict[str, np.ndarray]
@@ -108,6 +109,23 @@ def test_bytes_booleans_and_scalars_in_tflite(tmp_path: Path) -> None:
     bundle = keep(Contract(folder / "many_dtypes", "tflite", inputs, outputs, cases), tmp_path)
     # TensorFlow itself gives them in another order in every process.
     assert [spec.name for spec in bundle.manifest.inputs] == ["gain", "image", "keep"]
+
+
+@pytest.mark.parametrize("format", ["tflite", "onnx"])
+def test_keras_recurrent_layers_with_a_batch_of_any_size(format: str, tmp_path: Path) -> None:
+    folder, cases = from_tensorflow("recurrent")
+    source = folder / "recurrent.keras"
+    bundle = keep(Contract(source, format, ("steps float32[?, 9, 3]",), ("last float32[?, 2]",), cases), tmp_path)
+    assert not {"WHILE", "Loop"} & set(bundle.manifest.artifact.operators)
+
+
+def test_a_saved_model_that_loops_is_refused_with_its_layer(tmp_path: Path) -> None:
+    """What it was made from is not known any more; the way over ONNX needs a converter that is not installed."""
+    request = Request(
+        from_tensorflow("recurrent")[0] / "recurrent", "cpu-x86_64", tmp_path / "x.edge", "tflite", "float32"
+    )
+    with pytest.raises(ConversionError, match=r"loops over steps, .* give the .keras file .* or dynamic dimensions"):
+        package(request)
 
 
 # --- PyTorch

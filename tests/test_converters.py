@@ -437,6 +437,19 @@ def test_onnx_to_torchscript_keeps_the_contract(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("real")
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_recurrent_node_that_names_its_first_output_alone(name: str, tmp_path: Path) -> None:
+    """As torch's newer exporter writes it."""
+    source = converter_models.slimmed(converter_models.export(name, tmp_path / "model.onnx"))
+    model = onnx.load(source)
+    (node,) = (node for node in model.graph.node if node.op_type == name.upper())
+    del node.output[1:]
+    onnx.save(model, source)
+    made = Made("torchscript", source, tmp_path / "work")
+    made.check(made.torchscript())
+
+
+@pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("format", ["tflite", "torchscript"])
 def test_the_digits_network_goes_all_ways(format: str, models: Path, tmp_path: Path) -> None:
     made = Made(format, models / "torch.onnx", tmp_path / "work")

@@ -7,6 +7,7 @@ length and batch, instead of one copy for each step of the example. What is not 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -325,9 +326,9 @@ def _native(builder: Builder, node: onnx.NodeProto, kind: str, gates: tuple[int,
             weights.append(add_weight(builder, f"{stem}_{name}_{way}", ordered))
     states = [builder.get_value(node.input[number]) if given(node, number) else None for number in (5, 6)]
     args = (builder.get_value(node.input[0]), weights, bias is not None, recurrence.shape[2], weight.shape[0] == 2)
-    if kind == "LSTM":
-        return builder.call_function(_lstm, args=(*args, *states))
-    return builder.call_function(_gru, args=(*args, states[0]))
+    made = builder.call_function(*((_lstm, (*args, *states)) if kind == "LSTM" else (_gru, (*args, states[0]))))
+    # A node that names one output is that output, not a tuple of one.
+    return builder.call_function(operator.getitem, (made, 0)) if len(node.output) == 1 else made
 
 
 def _zeros(x: Tensor, hidden: int, both: bool) -> Tensor:

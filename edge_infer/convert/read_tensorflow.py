@@ -17,6 +17,9 @@ from edge_infer.errors import ConversionError, UsageError
 from edge_infer.manifest import TensorSpec
 
 SIGNATURE = "serving_default"
+#: Recurrent layers over at most so many steps are written out step by step as well: the loop that they are otherwise
+#: keeps its steps in a list, which TFLite cannot express for a batch of any size, nor TorchScript at all.
+LONGEST_UNROLLED = 128
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Loaded:
     tracked: Any
     #: The SavedModel that it was read from, and the signature there, if it was.
     saved: tuple[str, str] | None = None
+    #: Makes ``call`` run without loops from now on; gives False where there are none to unroll.
+    unroll: Callable[[], bool] = lambda: False
 
 
 def read(request: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +44,17 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     def call(**tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         return model.call(**{name: tensors[argument] for name, argument in arguments.items()})
 
-    function = tf.function(call, autograph=False).get_concrete_function(
-        **{arguments[spec.name]: tf.TensorSpec(spec.shape, spec.dtype, name=arguments[spec.name]) for spec in inputs}
-    )
+    def trace() -> Any:
+        specs = {arguments[spec.name]: (spec.shape, spec.dtype) for spec in inputs}
+        named = {name: tf.TensorSpec(shape, dtype, name=name) for name, (shape, dtype) in specs.items()}
+        return tf.function(call, autograph=False).get_concrete_function(**named)
+
+    def save(traced: Any, name: str) -> str:
+        folder = _save(Path(request["out"]) / name, model, traced)
+        _rename_inputs(folder, {argument: name for name, argument in arguments.items() if argument != name})
+        return str(folder)
+
+    function = trace()
     names = sorted(function.structured_outputs)
 
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -52,9 +65,9 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     if model.saved and inputs == model.inputs:
         folder, signature = model.saved
     else:
-        folder, signature = _save(request, model, function)
-        _rename_inputs(Path(folder), {argument: name for name, argument in arguments.items() if argument != name})
-    details = {"saved_model": folder, "signature": signature}
+        folder, signature = save(function, "saved_model"), SIGNATURE
+    unrolled = save(trace(), "unrolled") if model.unroll() else None
+    details = {"saved_model": folder, "signature": signature, "unrolled": unrolled}
     return {**answer, "details": details, "tools": {"tensorflow": tf.__version__}}
 
 
@@ -74,13 +87,12 @@ def _rename_inputs(folder: Path, names: dict[str, str]) -> None:
     (folder / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
 
 
-def _save(request: dict[str, Any], model: Loaded, function: Any) -> tuple[str, str]:
+def _save(folder: Path, model: Loaded, function: Any) -> Path:
     """Write ``function`` as a SavedModel of one signature."""
-    folder = str(Path(request["out"]) / "saved_model")
     module = tf.Module()
     module.tracked = model.tracked
-    tf.saved_model.save(module, folder, signatures={SIGNATURE: function})
-    return folder, SIGNATURE
+    tf.saved_model.save(module, str(folder), signatures={SIGNATURE: function})
+    return folder
 
 
 def _load_keras(path: Path, signature: str | None) -> Loaded:
@@ -107,7 +119,33 @@ def _load_keras(path: Path, signature: str | None) -> Loaded:
 
     # The TFLite converter freezes only variables that are TensorFlow's own: with Keras's wrappers tracked instead,
     # it silently drops every weight and the model answers NaN.
-    return Loaded(call, specs, [variable.value for variable in model.variables])
+    return Loaded(call, specs, [variable.value for variable in model.variables], unroll=lambda: _unroll(model))
+
+
+def _unroll(model: Any) -> bool:
+    """Let recurrent layers over a known and small number of steps run without a loop; they compute the same.
+
+    https://keras.io/api/layers/recurrent_layers/lstm/ (``unroll``)
+    """
+    from keras import layers
+
+    found = False
+    for layer in model._flatten_layers(include_self=False, recursive=True):
+        steps = _steps(layer)
+        if steps is not None and steps <= LONGEST_UNROLLED:
+            both = isinstance(layer, layers.Bidirectional)
+            for part in (layer.forward_layer, layer.backward_layer) if both else (layer,):
+                part.unroll = found = True
+    return found
+
+
+def _steps(layer: Any) -> int | None:
+    """Over how many steps a recurrent layer runs; None for one of any length, and for every other layer."""
+    from keras import layers
+
+    nodes = layer._inbound_nodes if isinstance(layer, (layers.RNN, layers.Bidirectional)) else []
+    lengths = {tensor.shape[1] for node in nodes for tensor in node.input_tensors[:1]}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _keras_output_names(model: Any) -> list[str]:

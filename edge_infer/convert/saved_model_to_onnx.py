@@ -36,8 +36,11 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     outputs = [spec_from_json(row) for row in request["outputs"]]
     path = Path(request["out"]) / "model.onnx"
     try:
-        function = _function(request["from"], inputs, outputs)
-        made = to_onnx(function, inputs)
+        made = to_onnx(_function(request["from"], inputs, outputs), inputs)
+        unrolled = request["from"].get("unrolled")
+        # Of an LSTM tf2onnx makes ONNX's own, which is faster; a loop that is left is slower than its steps.
+        if unrolled and any(node.op_type == "Loop" for node in onnx_graphs.nodes(made.graph)):
+            made = to_onnx(_function({**request["from"], "saved_model": unrolled}, inputs, outputs), inputs)
     except EdgeInferError:
         raise
     except Exception as error:  # tf2onnx raises what its handlers trip over

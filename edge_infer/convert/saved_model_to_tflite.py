@@ -17,7 +17,8 @@ MODEL = "model.tflite"
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     """One signature of a SavedModel. Raises ConversionError naming operator and layer where TFLite lacks one."""
     start = request["from"]
-    converter = tf.lite.TFLiteConverter.from_saved_model(start["saved_model"], signature_keys=[start["signature"]])
+    folder = start.get("unrolled") or start["saved_model"]
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[start["signature"]])
     try:
         content: bytes = converter.convert()
     except Exception as error:  # ConverterError and whatever else TensorFlow raises
@@ -41,6 +42,12 @@ def explain(error: BaseException) -> ConversionError:
         return ConversionError(
             f"TFLite has no built-in operator for {', '.join(operators)}{where}; replace it, or export the "
             "model to ONNX and package that"
+        )
+    loop = re.search(r'fused\["TensorListReserve:", "([^"@]+)/', text)
+    if loop:
+        return ConversionError(
+            f"the layer {loop[1]!r} loops over steps, which the TFLite converter cannot express for a batch of any "
+            "size; give the .keras file that the SavedModel was made from, or dynamic dimensions one size with --input"
         )
     first = (text.strip().splitlines() or [type(error).__name__])[0][:400]
     return ConversionError(f"the TFLite converter fails: {first}; run again with -v to see all it says")
