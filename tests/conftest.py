@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.manifest import TensorSpec
 
-#: What the tests package is kept for the session and not with the user's own. Set before anything is packaged.
-CACHE = tempfile.TemporaryDirectory(prefix="edge-infer-test-cache-")
-os.environ["EDGE_INFER_CACHE"] = CACHE.name
+#: What the tests package is kept for the session and not with the user's own. Set before anything is packaged; the
+#: workers of pytest-xdist share the one that the process which started them made.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="edge-infer-test-cache-")
+    os.environ["EDGE_INFER_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "build" / "models"
@@ -63,9 +66,12 @@ def models() -> Path:
     script = ROOT / "scripts" / "make_models.py"
     stamp = MODELS / "made_by"
     wanted = hashlib.sha256(script.read_bytes()).hexdigest()
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        subprocess.run([sys.executable, str(script), "--out", str(MODELS)], check=True)
-        stamp.write_text(wanted)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with (MODELS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be making them
+        if not stamp.is_file() or stamp.read_text() != wanted:
+            subprocess.run([sys.executable, str(script), "--out", str(MODELS)], check=True)
+            stamp.write_text(wanted)
     return MODELS
 
 
