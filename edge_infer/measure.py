@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_infer import admission, evaluate, probe, user_code
+from edge_infer import admission, probe, user_code
 from edge_infer.bundle import Bundle
 from edge_infer.convert import ANSWERS_FILE, SAMPLE_ANSWERS_FILE, Read, spec_from_json, spec_to_json
 from edge_infer.errors import ConversionError, ParityError
+from edge_infer.evaluate.judge import Judge
+from edge_infer.evaluate.score import to_json
 from edge_infer.manifest import Check
 from edge_infer.request import Request
 from edge_infer.runtime.session import load
@@ -112,11 +114,11 @@ def _scores(request: dict[str, Any], answer: Callable[[int, Feed], Feed]) -> dic
     samples = Samples(Path(request["samples"]), inputs)
     scores, histograms = {}, []
     for name, indices in request["sets"].items():
-        judge = evaluate.Judge(request["metric"], request["scored"])
+        judge = Judge(request["metric"], request["scored"])
         for index, expected in zip(indices, probe.iter_feeds(Path(request["expected"]), indices), strict=True):
             labels = None if samples.labels is None else samples.label(index)
             judge.add(expected, answer(index, samples.feed(index)), labels)
-        scores[name] = evaluate.to_json(judge.score())
+        scores[name] = to_json(judge.score())
         histograms = judge.histograms()
     return {"scores": scores, "histograms": histograms, "depends_on": user_code.imported_files()}
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_infer import convert, evaluate, quantize, steps
+from edge_infer import convert, quantize, steps
 from edge_infer.bundle import Bundle, replace_file, write_bundle
 from edge_infer.convert import ReadOptions
 from edge_infer.convert.source import Source, read_source
@@ -22,7 +22,9 @@ from edge_infer.errors import (
     ParityError,
     UsageError,
 )
-from edge_infer.evaluate import AGREEMENT, Score
+from edge_infer.evaluate.judge import AGREEMENT
+from edge_infer.evaluate.loss import allowed
+from edge_infer.evaluate.score import Score
 from edge_infer.quantize import mixed
 from edge_infer.report import html
 from edge_infer.report.record import Findings, make_record
@@ -217,7 +219,7 @@ class _Packaging:
             found.append(_score_limit(source, self.request.min_score, "--min-accuracy"))
         drop = self.target.max_accuracy_drop if self.request.max_drop is None else self.request.max_drop
         origin = f"target {self.target.name}" if self.request.max_drop is None else "--max-accuracy-drop"
-        found.append(_score_limit(source, evaluate.allowed(source, drop), f"{origin}: a loss of {drop:.2%}"))
+        found.append(_score_limit(source, allowed(source, drop), f"{origin}: a loss of {drop:.2%}"))
         return found
 
     def _asks_for_mixed(self, candidate: Candidate) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from edge_infer import quantize
 from edge_infer.bundle import refuse_to_overwrite
 from edge_infer.errors import UsageError
-from edge_infer.evaluate import AGREEMENT, check_metric
+from edge_infer.evaluate.judge import AGREEMENT, check_metric
 from edge_infer.manifest import FORMATS, MANIFEST_NAME, PLAIN_NAME, PRECISIONS, Preprocessing, TensorSpec
 from edge_infer.sample_sources import RANDOM
 from edge_infer.search import PREFERENCES, Limit

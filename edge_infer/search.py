@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_infer.errors import EdgeInferError
-from edge_infer.evaluate import Score
+from edge_infer.evaluate.score import Score
 from edge_infer.manifest import Check
 
 #: What ``--prefer`` takes. ``target``: the first in the target's own order of engines and precisions.

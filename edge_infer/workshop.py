@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_infer import __version__, convert, evaluate, measure, quantize
+from edge_infer import __version__, convert, measure, quantize
 from edge_infer.bundle import Bundle, describe_files, open_bundle
 from edge_infer.convert import Converted, Read, Way, spec_to_json
 from edge_infer.errors import ConversionError, ConverterMissing, EdgeInferError, LimitError
-from edge_infer.evaluate import Score
+from edge_infer.evaluate.score import Score, from_json
 from edge_infer.manifest import MANIFEST_NAME, SCHEMA, Artifact, Check, Golden, Manifest, Requirement, SetScore
 from edge_infer.probe import Feed, load_feeds
 from edge_infer.request import GOLDEN, Request
@@ -48,7 +48,7 @@ class Built:
     def score(self, name: str) -> Score | None:
         """On the ``search`` or the ``holdout`` set; None where there are no samples."""
         row = self.judged.answer["scores"].get(name) if self.judged else None
-        return evaluate.from_json(row) if row else None
+        return from_json(row) if row else None
 
 
 class Workshop:
@@ -169,7 +169,7 @@ class Workshop:
         if not request["sets"]:
             return {}
         made = self.steps.run("edge_infer.measure:judge_source", request, "scoring the source model")
-        return {name: evaluate.from_json(row) for name, row in made.answer["scores"].items()}
+        return {name: from_json(row) for name, row in made.answer["scores"].items()}
 
     def _judged(self, built: Built, what: str | None, base: Built | None = None) -> Built:
         """Run it with the device's own runtime: against the source or ``base``, and on the samples.

@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score, top_k_accuracy_score
 
-from edge_infer import evaluate, histogram, intervals
 from edge_infer.errors import ParityError, UsageError
-from edge_infer.evaluate import Score
+from edge_infer.evaluate import agreement, histogram, intervals, judge, loss, metrics
+from edge_infer.evaluate.score import Accumulator, Score
 
 RNG = np.random.default_rng()
 
@@ -24,7 +24,7 @@ def same_draws_for_each_test_alone() -> None:
 
 
 def scored(metric: str, answers: np.ndarray, labels: np.ndarray, batch: int = 7) -> Score:
-    accumulator = evaluate.with_labels(metric, ["y"])
+    accumulator = judge.with_labels(metric, ["y"])
     for start in range(0, len(answers), batch):
         accumulator.add(None, {"y": answers[start : start + batch]}, labels[start : start + batch])
     return accumulator.score()
@@ -41,7 +41,7 @@ def test_the_digits_network_scores_what_its_training_measured(models: Path) -> N
     with np.load(models / "test_nchw.npz") as data:
         images, labels = data["image"], data["label"]
     session = onnxruntime.InferenceSession(models / "torch.onnx", providers=["CPUExecutionProvider"])
-    accumulator = evaluate.with_labels("top1", ["digit"])
+    accumulator = judge.with_labels("top1", ["digit"])
     for start in range(0, len(images), 64):
         (answer,) = session.run(None, {"image": images[start : start + 64]})
         accumulator.add(None, {"digit": answer}, labels[start : start + 64])
@@ -87,7 +87,7 @@ def test_auc_is_scikit_learns(columns: int, ties: bool) -> None:
 def test_resampled_auc_is_that_of_the_samples_repeated() -> None:
     labels, scores = RNG.integers(0, 2, 50), np.round(RNG.standard_normal(50), 1)
     weights = np.bincount(RNG.integers(0, 50, 50), minlength=50)
-    area = evaluate._auc(np.stack([scores, labels], axis=1))(weights)
+    area = metrics.area_under_roc(np.stack([scores, labels], axis=1))(weights)
     assert area == pytest.approx(roc_auc_score(np.repeat(labels, weights), np.repeat(scores, weights)))
 
 
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(metric: str, answers: np.ndarray, labels: 
 
 
 def test_no_samples_and_no_labels_are_refused() -> None:
-    accumulator = evaluate.with_labels("top1", ["y"])
+    accumulator = judge.with_labels("top1", ["y"])
     with pytest.raises(UsageError, match="no samples"):
         accumulator.score()
     with pytest.raises(UsageError, match="needs labels"):
@@ -159,10 +159,10 @@ def test_no_samples_and_no_labels_are_refused() -> None:
 
 def test_of_several_outputs_one_is_named() -> None:
     with pytest.raises(UsageError, match="boxes, scores; name the one to score with --scored"):
-        evaluate.with_labels("top1", ["boxes", "scores"])
+        judge.with_labels("top1", ["boxes", "scores"])
     with pytest.raises(UsageError, match="'score', the model's outputs are: boxes, scores"):
-        evaluate.with_labels("top1", ["boxes", "scores"], "score")
-    accumulator = evaluate.with_labels("top1", ["boxes", "scores"], "scores")
+        judge.with_labels("top1", ["boxes", "scores"], "score")
+    accumulator = judge.with_labels("top1", ["boxes", "scores"], "scores")
     accumulator.add(None, {"boxes": np.zeros(0), "scores": np.eye(3)}, np.array([0, 1, 1]))
     assert accumulator.score().value == pytest.approx(2 / 3)
 
@@ -216,7 +216,7 @@ def test_a_users_metric_gives_numbers_of_samples_or_one_of_all(users: Path) -> N
 
 
 def test_a_users_metric_may_take_all_outputs_and_be_an_error(users: Path) -> None:
-    accumulator = evaluate.with_labels(f"{users}:both", ["a", "b"])
+    accumulator = judge.with_labels(f"{users}:both", ["a", "b"])
     accumulator.add(None, {"a": np.ones((4, 1)), "b": np.ones((4, 1))}, np.array([0, 1, 0, 1]))
     score = accumulator.score()
     assert (score.value, score.kind, score.higher_is_better) == (1.5, "error", False)
@@ -248,21 +248,21 @@ def test_a_users_metric_that_fails_is_named(users: Path, name: str, words: str) 
     ],
 )
 def test_the_kind_of_an_output_goes_by_the_sources_answers(answer: np.ndarray, kind: str) -> None:
-    assert evaluate.kind_of_output(answer) == kind
-    same = evaluate.agreement(answer, answer)
+    assert agreement.kind_of_output(answer) == kind
+    same = judge.agreement(answer, answer)
     assert same.kind == "agreement"
-    assert same.value == (evaluate.MOST_DECIBELS if kind == "values" else 1.0)
+    assert same.value == (agreement.MOST_DECIBELS if kind == "values" else 1.0)
 
 
 def test_agreement_of_classes_and_integers_is_a_share() -> None:
     scores, _ = guesses()
     other = scores.copy()
     other[:30] = np.roll(scores[:30], 1, axis=1)
-    assert evaluate.agreement(scores, other).value == pytest.approx(170 / 200)
-    assert evaluate.agreement(scores, np.full_like(scores, np.nan)).value == 0.0
+    assert judge.agreement(scores, other).value == pytest.approx(170 / 200)
+    assert judge.agreement(scores, np.full_like(scores, np.nan)).value == 0.0
     tied = np.array([[1.0, 1.0, 0.0]])
-    assert evaluate.agreement(tied, np.array([[0.0, 1.0, 0.5]])).value == 1.0
-    assert evaluate.agreement(np.array([[1, 2], [3, 4]]), np.array([[1, 0], [3, 4]])).value == 0.75
+    assert judge.agreement(tied, np.array([[0.0, 1.0, 0.5]])).value == 1.0
+    assert judge.agreement(np.array([[1, 2], [3, 4]]), np.array([[1, 0], [3, 4]])).value == 0.75
 
 
 def test_agreement_of_values_is_signal_over_noise_about_the_mean() -> None:
@@ -271,17 +271,17 @@ def test_agreement_of_values_is_signal_over_noise_about_the_mean() -> None:
     wanted = 10 * math.log10(signal.var() / (noise**2).mean())
     with np.errstate(all="raise"):
         for offset in (0.0, 1000.0):
-            score = evaluate.agreement(signal + offset, signal + offset + noise)
+            score = judge.agreement(signal + offset, signal + offset + noise)
             assert score.name == "agreement-sqnr-db"
             assert score.value == pytest.approx(wanted, abs=0.01)
             assert score.low < score.value < score.high
-    assert evaluate.agreement(signal, signal / 2).value == pytest.approx(6.02, abs=0.05)
-    assert evaluate.agreement(signal, np.full_like(signal, np.nan)).value == -evaluate.MOST_DECIBELS
+    assert judge.agreement(signal, signal / 2).value == pytest.approx(6.02, abs=0.05)
+    assert judge.agreement(signal, np.full_like(signal, np.nan)).value == -agreement.MOST_DECIBELS
 
 
 def test_agreement_is_one_accumulator_an_output_and_shapes_must_be_the_sources() -> None:
     first = {"scores": np.eye(4), "count": np.array([3, 1, 2, 2]), "mask": RNG.standard_normal((4, 5, 5))}
-    accumulators = evaluate.without_labels(first)
+    accumulators = judge.without_labels(first)
     for _ in range(3):
         for accumulator in accumulators.values():
             accumulator.add(first, {**first, "count": np.array([3, 1, 2, 1])})
@@ -294,7 +294,7 @@ def test_agreement_is_one_accumulator_an_output_and_shapes_must_be_the_sources()
 
 def test_the_cosine_is_over_all_answers() -> None:
     ours, theirs = RNG.standard_normal((2, 50, 3, 2))
-    accumulator = evaluate.Accumulator(evaluate.AGREEMENTS["values"][1], "y")
+    accumulator = Accumulator(agreement.AGREEMENTS["values"][1], "y")
     accumulator.add({"y": ours}, {"y": theirs})
     wanted = (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)
     assert accumulator.score().value == pytest.approx(wanted)
@@ -305,7 +305,7 @@ def yes_no(*answers: int) -> np.ndarray:
 
 
 def top1(results: np.ndarray) -> Score:
-    accumulator = evaluate.with_labels("top1", ["y"])
+    accumulator = judge.with_labels("top1", ["y"])
     accumulator.add(None, {"y": results[:, 0].astype(int)}, np.ones(len(results), int))
     return accumulator.score()
 
@@ -313,7 +313,7 @@ def top1(results: np.ndarray) -> Score:
 def test_a_paired_drop_looks_at_the_samples_that_changed() -> None:
     old = yes_no(*[1] * 90, *[0] * 10)
     new = yes_no(*[0] * 6, *[1] * 86, *[0] * 8)  # 6 lost, 2 won
-    drop = evaluate.drop(top1(old), top1(new))
+    drop = loss.drop(top1(old), top1(new))
     assert drop.kept == pytest.approx(86 / 90)
     assert drop.difference == pytest.approx(-0.04)
     # By hand: cells 6.5 and 2.5 of 102, so -4/102 -+ 1.96 * sqrt(9 - 16/102)/102.
@@ -325,9 +325,9 @@ def test_a_paired_drop_looks_at_the_samples_that_changed() -> None:
 def test_paired_is_narrower_than_unpaired_and_sees_what_unpaired_does_not() -> None:
     old = yes_no(*[1] * 900, *[0] * 100)
     new = yes_no(*[0] * 15, *[1] * 885, *[0] * 100)
-    paired = evaluate.drop(top1(old), top1(new))
+    paired = loss.drop(top1(old), top1(new))
     apart = [Score(s.name, s.kind, s.value, s.low, s.high, s.count, True) for s in (top1(old), top1(new))]
-    unpaired = evaluate.drop(*apart)
+    unpaired = loss.drop(*apart)
     assert paired.worse
     assert not unpaired.worse
     assert paired.high - paired.low < (unpaired.high - unpaired.low) / 2
@@ -337,13 +337,13 @@ def test_a_drop_of_an_error_and_of_auc_is_resampled_alike() -> None:
     labels = RNG.standard_normal((300, 1))
     noise = RNG.standard_normal((300, 1))
     old, new = scored("rmse", labels + noise, labels), scored("rmse", labels + 1.02 * noise, labels)
-    drop = evaluate.drop(old, new)
+    drop = loss.drop(old, new)
     assert drop.kept == pytest.approx(1 / 1.02)
     assert drop.worse  # each of the errors is larger, though the two intervals nearly coincide
     assert drop.low == pytest.approx(0.02 * old.low, rel=1e-6)
     classes = (labels[:, 0] > 0).astype(int)
     auc = scored("auc", labels + noise, classes)
-    same = evaluate.drop(auc, auc)
+    same = loss.drop(auc, auc)
     assert (same.kept, same.difference, same.low, same.high, same.worse) == (1.0, 0.0, 0.0, 0.0, False)
 
 
@@ -351,14 +351,14 @@ def test_kept_of_decibels_is_the_share_of_power() -> None:
     def sqnr(value: float) -> Score:
         return Score("agreement-sqnr-db", "agreement", value, value, value, 10, True)
 
-    assert evaluate.drop(sqnr(150.0), sqnr(20.0)).kept == pytest.approx(0.99)
-    assert evaluate.drop(sqnr(150.0), sqnr(-3.0)).kept == 0.0
+    assert loss.drop(sqnr(150.0), sqnr(20.0)).kept == pytest.approx(0.99)
+    assert loss.drop(sqnr(150.0), sqnr(-3.0)).kept == 0.0
 
 
 def test_scores_by_different_metrics_are_not_compared() -> None:
     scores, labels = guesses()
     with pytest.raises(UsageError, match="top5 cannot be compared with top1"):
-        evaluate.drop(scored("top1", scores, labels), scored("top5", scores, labels))
+        loss.drop(scored("top1", scores, labels), scored("top5", scores, labels))
 
 
 def test_the_histogram_holds_every_error_once_however_it_is_fed() -> None:

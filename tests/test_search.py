@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge_infer.errors import ConversionError
-from edge_infer.evaluate import Score
+from edge_infer.evaluate.score import Score
 from edge_infer.search import FIRST_LOOK_NOISE, Candidate, Limit, decide, front, promising
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from edge_infer import __version__
 from edge_infer.bundle import Bundle
-from edge_infer.evaluate import Score
+from edge_infer.evaluate.score import Score
 from edge_infer.request import Request
 from edge_infer.search import Candidate, Limit, Verdict
 from edge_infer.sets import Sets

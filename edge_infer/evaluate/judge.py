@@ -1,0 +1,111 @@
+"""The one score of a model that limits go by, and which metric it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from edge_infer.errors import UsageError
+from edge_infer.evaluate.agreement import AGREEMENTS, kind_of_output
+from edge_infer.evaluate.histogram import ErrorHistogram
+from edge_infer.evaluate.loss import share
+from edge_infer.evaluate.metrics import METRICS
+from edge_infer.evaluate.score import Accumulator, Feed, Score
+from edge_infer.evaluate.user_metric import UserAccumulator
+from edge_infer.user_code import resolve
+
+Array = np.ndarray[Any, Any]
+#: The metric without labels.
+AGREEMENT = "agreement"
+
+
+def with_labels(metric: str, outputs: Sequence[str], output: str | None = None) -> Accumulator:
+    """For a metric of ``METRICS``, or a user's ``module:callable`` / ``file.py:callable`` (see ``UserAccumulator``).
+
+    ``outputs`` are the model's, ``output`` the one to score, which may be left away where there is only one.
+    Raises UsageError.
+    """
+    if metric in METRICS:
+        return Accumulator(METRICS[metric], choose_output(outputs, output))
+    if ":" not in metric:
+        raise UsageError(f"there is no metric {metric!r}, expected {', '.join(METRICS)}, or module:callable")
+    several = output is None and len(outputs) > 1
+    return UserAccumulator(metric, resolve(metric, "--metric"), "" if several else choose_output(outputs, output))
+
+
+def check_metric(name: str) -> None:
+    """Raise UsageError for what is no metric's name; a callable's is found out when it is imported."""
+    if name not in (*METRICS, AGREEMENT) and ":" not in name:
+        raise UsageError(f"there is no metric {name!r}, expected {', '.join(METRICS)}, {AGREEMENT}, or module:callable")
+
+
+def choose_output(outputs: Sequence[str], output: str | None) -> str:
+    """The output to score. Raises UsageError where that is not clear."""
+    if output is None and len(outputs) == 1:
+        return outputs[0]
+    if output is None:
+        raise UsageError(f"the model has the outputs {', '.join(outputs)}; name the one to score with --scored")
+    if output not in outputs:
+        raise UsageError(f"--scored names {output!r}, the model's outputs are: {', '.join(outputs)}")
+    return output
+
+
+def without_labels(answers: Feed, output: str | None = None) -> dict[str, Accumulator]:
+    """For each output (or the named one) an accumulator of its agreement; ``answers`` is a batch of the source's.
+
+    Raises UsageError for a name that the model does not have.
+    """
+    names = list(answers) if output is None else [choose_output(list(answers), output)]
+    return {name: Accumulator(AGREEMENTS[kind_of_output(np.asarray(answers[name]))][0], name) for name in names}
+
+
+def agreement(expected: Array, observed: Array) -> Score:
+    """How far ``observed`` agrees with the source's ``expected``, in one go. Raises ParityError for other shapes."""
+    accumulator = Accumulator(AGREEMENTS[kind_of_output(expected)][0], "output")
+    accumulator.add({"output": expected}, {"output": observed})
+    return accumulator.score()
+
+
+class Judge:
+    """The one score that limits go by, sample by sample, and how the errors of each output lie.
+
+    With a metric: that of the scored output. For agreement: that of the one output, or of several the worst, then as
+    a share, since outputs of different kinds have different units.
+    """
+
+    def __init__(self, metric: str, scored: str | None) -> None:
+        self.metric, self.scored = metric, scored
+        self._scores: dict[str, Accumulator] = {}
+        self._errors: dict[str, ErrorHistogram] = {}
+
+    def add(self, expected: Feed, observed: Feed, labels: Array | None) -> None:
+        """One sample: the source's answers, the artifact's, the labels. Raises UsageError, ParityError."""
+        if not self._scores:
+            self._errors = {name: ErrorHistogram() for name in expected}
+            if self.metric == AGREEMENT:
+                self._scores = without_labels(expected, self.scored)
+            else:
+                self._scores = {"": with_labels(self.metric, sorted(expected), self.scored)}
+        for accumulator in self._scores.values():
+            accumulator.add(expected, observed, labels)
+        for name, errors in self._errors.items():
+            errors.add(np.asarray(expected[name]), np.asarray(observed[name]))
+
+    def score(self) -> Score:
+        scores = [accumulator.score() for accumulator in self._scores.values()]
+        if len(scores) == 1:
+            return scores[0]
+        worst = min(scores, key=share)
+        low, high = (share(replace(worst, value=value)) for value in (worst.low, worst.high))
+        return Score(AGREEMENT, "agreement", share(worst), low, high, worst.count, True)
+
+    def histograms(self) -> list[dict[str, Any]]:
+        """As the report has them: an output's errors (artifact minus source) in bins."""
+        rows = []
+        for name, errors in sorted(self._errors.items()):
+            found = errors.result()
+            rows.append({"name": name, "edges": found.edges, "counts": found.counts, "largest": found.largest})
+        return rows
