@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from edge_infer.bundle import Bundle
 from edge_infer.convert import ANSWERS_FILE, SAMPLE_ANSWERS_FILE, Read, spec_from_json, spec_to_json
 from edge_infer.errors import ConversionError, ParityError
 from edge_infer.evaluate.judge import Judge
-from edge_infer.evaluate.score import to_json
+from edge_infer.evaluate.loss import Loss
+from edge_infer.evaluate.score import Score
 from edge_infer.manifest import Check
 from edge_infer.request import Request
 from edge_infer.runtime.session import load
@@ -89,7 +90,8 @@ def judged(steps: Steps, request: dict[str, Any], title: str, identity: dict[str
 
 
 def judge(request: dict[str, Any]) -> dict[str, Any]:
-    """In a child: a bundle's answers to the probe inputs, and its scores on each set of samples.
+    """In a child: a bundle's answers to the probe inputs, its scores on each set of samples, and on the one held out
+    what it lost against the source and how its errors lie.
 
     One thread, so that sums are added in the same order every time.
     """
@@ -97,30 +99,46 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     with load(Path(request["bundle"]), threads=1, cache_dir=out) as session:
         feeds = probe.iter_feeds(Path(request["feeds"]))
         probe.save_feeds(out / ANSWERS_FILE, (session.run(feed) for feed in feeds))
-        return _scores(request, lambda index, feed: session.run(feed))
+        sets = _judge_sets(request, lambda index, feed: session.run(feed))
+    held_out = sets.get("holdout", {})
+    return {
+        "scores": {name: row["score"] for name, row in sets.items()},
+        "loss": held_out.get("loss"),
+        "histograms": held_out.get("histograms", []),
+        "depends_on": user_code.imported_files(),
+    }
 
 
 def judge_source(request: dict[str, Any]) -> dict[str, Any]:
     """In a child: the source's own scores, from the answers that its reader kept."""
     expected = Path(request["expected"])
-    return _scores(request, lambda index, feed: next(probe.iter_feeds(expected, [index])))
+    sets = _judge_sets(request, lambda index, feed: next(probe.iter_feeds(expected, [index])))
+    return {"scores": {name: row["score"] for name, row in sets.items()}, "depends_on": user_code.imported_files()}
 
 
-def _scores(request: dict[str, Any], answer: Callable[[int, Feed], Feed]) -> dict[str, Any]:
-    """Score on each set: one sample at a time, so that nothing is held but one figure for each."""
-    if not request["sets"]:
-        return {"scores": {}, "histograms": [], "depends_on": {}}
-    inputs = [spec_from_json(row) for row in request["inputs"]]
-    samples = Samples(Path(request["samples"]), inputs)
-    scores, histograms = {}, []
-    for name, indices in request["sets"].items():
-        judge = Judge(request["metric"], request["scored"])
-        for index, expected in zip(indices, probe.iter_feeds(Path(request["expected"]), indices), strict=True):
-            labels = None if samples.labels is None else samples.label(index)
-            judge.add(expected, answer(index, samples.feed(index)), labels)
-        scores[name] = to_json(judge.score())
-        histograms = judge.histograms()
-    return {"scores": scores, "histograms": histograms, "depends_on": user_code.imported_files()}
+def _judge_sets(request: dict[str, Any], answer: Callable[[int, Feed], Feed]) -> dict[str, dict[str, Any]]:
+    return {name: _judge_set(request, indices, answer) for name, indices in request["sets"].items()}
+
+
+def _judge_set(request: dict[str, Any], indices: list[int], answer: Callable[[int, Feed], Feed]) -> dict[str, Any]:
+    """Judge one sample at a time, so that nothing is held but a few figures of each."""
+    samples = Samples(Path(request["samples"]), [spec_from_json(row) for row in request["inputs"]])
+    judge = Judge(request["metric"], request["scored"])
+    for index, expected in zip(indices, probe.iter_feeds(Path(request["expected"]), indices), strict=True):
+        labels = None if samples.labels is None else samples.label(index)
+        judge.add(expected, answer(index, samples.feed(index)), labels)
+    loss = judge.loss()
+    return {
+        "score": _to_json(judge.score()),
+        "loss": None if loss is None else _to_json(loss),
+        "histograms": judge.histograms(),
+    }
+
+
+def _to_json(figure: Score | Loss) -> dict[str, Any]:
+    """What JSON can hold of it: infinite errors become the largest number."""
+    row, most = asdict(figure), sys.float_info.max
+    return row | {name: min(max(row[name], -most), most) for name in ("value", "low", "high")}
 
 
 def bench(request: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_infer.errors import EdgeInferError
+from edge_infer.evaluate.loss import Loss
 from edge_infer.evaluate.score import Score
 from edge_infer.manifest import Check
 
@@ -26,7 +27,8 @@ class Candidate:
     ``size`` counts all files of the bundle, ``download`` the same compressed. ``measured`` holds ``peak_bytes``,
     ``private_bytes``, ``load_ms``, ``p50_ms``, ``p95_ms``, ``runs`` and ``throttled``, taken on ``measured_on``;
     ``first_look`` is true where a few runs were enough to see that it would not be chosen. ``search`` and ``holdout``
-    are the scores on the set that the choice is made with and on the one that is only reported.
+    are the scores on the set that the choice is made with and on the one that is only reported; ``loss`` is against the
+    source on the latter.
     """
 
     format: str
@@ -39,6 +41,7 @@ class Candidate:
     measured_on: str = ""
     search: Score | None = None
     holdout: Score | None = None
+    loss: Loss | None = None
     checks: tuple[Check, ...] = ()
     kept_float: tuple[str, ...] = ()
     kept_share: float = 0.0

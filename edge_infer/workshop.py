@@ -20,7 +20,8 @@ from edge_infer import __version__, convert, measure, quantize
 from edge_infer.bundle import Bundle, describe_files, open_bundle
 from edge_infer.convert import Converted, Read, Way, spec_to_json
 from edge_infer.errors import ConversionError, ConverterMissing, EdgeInferError, LimitError
-from edge_infer.evaluate.score import Score, from_json
+from edge_infer.evaluate.loss import Loss
+from edge_infer.evaluate.score import Score
 from edge_infer.manifest import MANIFEST_NAME, SCHEMA, Artifact, Check, Golden, Manifest, Requirement, SetScore
 from edge_infer.probe import Feed, load_feeds
 from edge_infer.request import GOLDEN, Request
@@ -48,7 +49,13 @@ class Built:
     def score(self, name: str) -> Score | None:
         """On the ``search`` or the ``holdout`` set; None where there are no samples."""
         row = self.judged.answer["scores"].get(name) if self.judged else None
-        return from_json(row) if row else None
+        return Score(**row) if row else None
+
+    @property
+    def loss(self) -> Loss | None:
+        """Against the source on the ``holdout`` set; None where there are no labels, or nothing to compare."""
+        row = self.judged.answer["loss"] if self.judged else None
+        return Loss(**row) if row else None
 
 
 class Workshop:
@@ -169,7 +176,7 @@ class Workshop:
         if not request["sets"]:
             return {}
         made = self.steps.run("edge_infer.measure:judge_source", request, "scoring the source model")
-        return {name: from_json(row) for name, row in made.answer["scores"].items()}
+        return {name: Score(**row) for name, row in made.answer["scores"].items()}
 
     def _judged(self, built: Built, what: str | None, base: Built | None = None) -> Built:
         """Run it with the device's own runtime: against the source or ``base``, and on the samples.
@@ -213,6 +220,7 @@ class Workshop:
             transfer_size([bundle.file(name) for name in bundle.manifest.files]),
             search=built.score("search"),
             holdout=built.score("holdout"),
+            loss=built.loss,
             checks=built.checks,
             kept_float=tuple(keep_float),
             kept_share=share,

@@ -12,7 +12,8 @@ import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from edge_infer.errors import ParityError, UsageError
-from edge_infer.evaluate import agreement, histogram, intervals, judge, loss, metrics
+from edge_infer.evaluate import agreement, histogram, intervals, judge, metrics
+from edge_infer.evaluate.loss import Loss, allowed, paired_loss, share
 from edge_infer.evaluate.score import Accumulator, Score
 
 RNG = np.random.default_rng()
@@ -211,7 +212,6 @@ def test_a_users_metric_gives_numbers_of_samples_or_one_of_all(users: Path) -> N
     hit = scores.argmax(axis=1) == labels
     assert recall.value == pytest.approx(np.mean([hit[labels == label].mean() for label in range(10)]))
     assert recall.low < recall.value < recall.high
-    assert recall.rows is None
     assert scored(f"{users}:fails_on_less_than_all", scores, labels).value == 0.5
 
 
@@ -304,61 +304,132 @@ def yes_no(*answers: int) -> np.ndarray:
     return np.array(answers, float)[:, None]
 
 
-def top1(results: np.ndarray) -> Score:
-    accumulator = judge.with_labels("top1", ["y"])
-    accumulator.add(None, {"y": results[:, 0].astype(int)}, np.ones(len(results), int))
-    return accumulator.score()
+def accumulated(metric: str, answers: np.ndarray, labels: np.ndarray) -> Accumulator:
+    accumulator = judge.with_labels(metric, ["y"])
+    for start in range(0, len(answers), 7):
+        accumulator.add(None, {"y": answers[start : start + 7]}, labels[start : start + 7])
+    return accumulator
 
 
-def test_a_paired_drop_looks_at_the_samples_that_changed() -> None:
+def top1(results: np.ndarray) -> Accumulator:
+    return accumulated("top1", results[:, 0].astype(int), np.ones(len(results), int))
+
+
+def lost(source: Accumulator, candidate: Accumulator) -> Loss:
+    found = paired_loss(source, candidate)
+    assert found is not None
+    return found
+
+
+def test_a_loss_looks_at_the_samples_that_changed() -> None:
     old = yes_no(*[1] * 90, *[0] * 10)
     new = yes_no(*[0] * 6, *[1] * 86, *[0] * 8)  # 6 lost, 2 won
-    drop = loss.drop(top1(old), top1(new))
-    assert drop.kept == pytest.approx(86 / 90)
-    assert drop.difference == pytest.approx(-0.04)
-    # By hand: cells 6.5 and 2.5 of 102, so -4/102 -+ 1.96 * sqrt(9 - 16/102)/102.
-    assert (drop.low, drop.high) == pytest.approx((-0.09635, 0.01792), abs=1e-4)
-    assert drop.paired
-    assert not drop.worse
+    loss = lost(top1(old), top1(new))
+    assert loss.value == pytest.approx(4 / 90)
+    # By hand: cells 6.5 and 2.5 of 102, so 4/102 -+ 1.96 * sqrt(9 - 16/102)/102, and as a share of 0.9.
+    assert (loss.low, loss.high) == pytest.approx((-0.01792 / 0.9, 0.09635 / 0.9), abs=1e-4)
 
 
-def test_paired_is_narrower_than_unpaired_and_sees_what_unpaired_does_not() -> None:
+def test_a_loss_is_seen_where_the_two_intervals_overlap() -> None:
     old = yes_no(*[1] * 900, *[0] * 100)
     new = yes_no(*[0] * 15, *[1] * 885, *[0] * 100)
-    paired = loss.drop(top1(old), top1(new))
-    apart = [Score(s.name, s.kind, s.value, s.low, s.high, s.count, True) for s in (top1(old), top1(new))]
-    unpaired = loss.drop(*apart)
-    assert paired.worse
-    assert not unpaired.worse
-    assert paired.high - paired.low < (unpaired.high - unpaired.low) / 2
+    loss = lost(top1(old), top1(new))
+    assert 0 < loss.low < loss.value == pytest.approx(15 / 900)
+    assert top1(new).score().high > top1(old).score().value
+    unpaired = sum(score.high - score.low for score in (top1(old).score(), top1(new).score()))
+    assert loss.high - loss.low < unpaired / 2
 
 
-def test_a_drop_of_an_error_and_of_auc_is_resampled_alike() -> None:
+def test_no_change_is_no_loss_and_no_certainty() -> None:
+    loss = lost(*[top1(yes_no(*[1] * 45, *[0] * 5))] * 2)
+    assert loss.value == 0
+    assert loss.low < 0 < loss.high == pytest.approx(-loss.low)
+
+
+def test_the_loss_of_an_error_and_of_auc_is_resampled_alike() -> None:
     labels = RNG.standard_normal((300, 1))
     noise = RNG.standard_normal((300, 1))
-    old, new = scored("rmse", labels + noise, labels), scored("rmse", labels + 1.02 * noise, labels)
-    drop = loss.drop(old, new)
-    assert drop.kept == pytest.approx(1 / 1.02)
-    assert drop.worse  # each of the errors is larger, though the two intervals nearly coincide
-    assert drop.low == pytest.approx(0.02 * old.low, rel=1e-6)
+    old, new = accumulated("rmse", labels + noise, labels), accumulated("rmse", labels + 1.02 * noise, labels)
+    loss = lost(old, new)
+    assert loss.value == pytest.approx(0.02)
+    assert loss.low > 0  # each of the errors is larger, though the two intervals nearly coincide
+    assert loss.low == pytest.approx(0.02 * old.score().low / old.score().value, rel=1e-6)
+    assert lost(new, old).value == pytest.approx(1 / 1.02 - 1)
     classes = (labels[:, 0] > 0).astype(int)
-    auc = scored("auc", labels + noise, classes)
-    same = loss.drop(auc, auc)
-    assert (same.kept, same.difference, same.low, same.high, same.worse) == (1.0, 0.0, 0.0, 0.0, False)
+    auc, worse = (accumulated("auc", labels + factor * noise, classes) for factor in (1, 1.3))
+    assert lost(auc, auc) == Loss(0, 0, 0)
+    loss = lost(auc, worse)
+    assert loss.value == pytest.approx(1 - worse.score().value / auc.score().value)
+    assert 0 < loss.low < loss.value < loss.high
+    assert loss.high - loss.low < (auc.score().high - auc.score().low) / auc.score().value
 
 
-def test_kept_of_decibels_is_the_share_of_power() -> None:
+def test_answers_that_are_no_numbers_lose_everything() -> None:
+    answers = RNG.standard_normal((20, 1))
+    labels = answers + 1
+    broken = np.where(np.arange(20)[:, None] == 3, np.nan, answers)
+    loss = lost(accumulated("mae", answers, labels), accumulated("mae", broken, labels))
+    assert loss.value == loss.high == math.inf
+
+
+@pytest.mark.parametrize("metric", ["top1", "mae"])
+def test_what_limits_allow_is_the_loss_that_they_name(metric: str) -> None:
+    labels = np.zeros((100, 1), int)
+    right = np.arange(100) < 80
+    answers = np.where(right, 0, 5)[:, None]
+    worse = np.where(right & (np.arange(100) != 3), 0, 5)[:, None]  # one more is wrong
+    if metric == "top1":
+        source, candidate = (accumulated(metric, array[:, 0], labels[:, 0]) for array in (answers, worse))
+    else:
+        source, candidate = (accumulated(metric, array.astype(float), labels) for array in (answers, worse))
+    loss = lost(source, candidate)
+    assert loss.value > 0
+    assert allowed(source.score(), loss.value) == pytest.approx(candidate.score().value)
+
+
+def test_nothing_is_lost_of_nothing() -> None:
+    nothing, something = (accumulated("mae", np.full((9, 1), off), np.zeros((9, 1))) for off in (0.0, 0.1))
+    assert paired_loss(nothing, something) is None
+    assert paired_loss(top1(yes_no(0, 0, 0)), top1(yes_no(1, 0, 0))) is None
+
+
+def test_decibels_are_a_share_of_power() -> None:
     def sqnr(value: float) -> Score:
         return Score("agreement-sqnr-db", "agreement", value, value, value, 10, True)
 
-    assert loss.drop(sqnr(150.0), sqnr(20.0)).kept == pytest.approx(0.99)
-    assert loss.drop(sqnr(150.0), sqnr(-3.0)).kept == 0.0
+    assert share(sqnr(20.0)) == pytest.approx(0.99)
+    assert share(sqnr(-3.0)) == 0.0
+    assert allowed(sqnr(150.0), 0.01) == pytest.approx(20.0)
 
 
-def test_scores_by_different_metrics_are_not_compared() -> None:
+def judged(metric: str, expected: np.ndarray, observed: np.ndarray, labels: np.ndarray | None) -> judge.Judge:
+    """Sample by sample, as the packager does."""
+    made = judge.Judge(metric, None)
+    for index in range(len(expected)):
+        one = slice(index, index + 1)
+        made.add({"y": expected[one]}, {"y": observed[one]}, None if labels is None else labels[one])
+    return made
+
+
+def test_the_judge_compares_with_the_sources_own_score(users: Path) -> None:
     scores, labels = guesses()
-    with pytest.raises(UsageError, match="top5 cannot be compared with top1"):
-        loss.drop(scored("top1", scores, labels), scored("top5", scores, labels))
+    worse = scores + RNG.standard_normal(scores.shape).astype(np.float32)
+    right, still = scores.argmax(axis=1) == labels, worse.argmax(axis=1) == labels
+    found = judged("top1", scores, worse, labels)
+    assert still.mean() < right.mean()
+    assert found.score().value == pytest.approx(still.mean())
+    assert found.loss() == lost(top1(yes_no(*right)), top1(yes_no(*still)))
+    by_users = judged(f"{users}:within_one", scores, worse, labels).loss()
+    near, nearer = (np.abs(array.argmax(axis=1) - labels) <= 1 for array in (worse, scores))
+    assert by_users is not None and by_users.value == pytest.approx(1 - near.mean() / nearer.mean())
+
+
+def test_the_judge_has_no_loss_without_figures_of_single_samples_or_labels(users: Path) -> None:
+    scores, labels = guesses()
+    whole = judged(f"{users}:macro_recall", scores, scores, labels)
+    assert whole.score().low < whole.score().value < whole.score().high
+    assert whole.loss() is None
+    assert judged("agreement", scores, scores[:, ::-1], None).loss() is None
 
 
 def test_the_histogram_holds_every_error_once_however_it_is_fed() -> None:

@@ -19,6 +19,7 @@ from edge_infer.bundle import open_bundle
 from edge_infer.cli import main
 from edge_infer.errors import EXIT_NOTHING_FITS, EngineMissing, LimitError, UsageError
 from edge_infer.package import Packaged, Request, package, report_path
+from edge_infer.report import text
 from edge_infer.runtime.session import load
 
 
@@ -47,11 +48,26 @@ class TestScores:
         assert sum(score.value * score.count for score in scores.values()) == pytest.approx(right.sum(), abs=0.01)
         assert all(score.low < score.value <= score.high for score in scores.values())
 
+    def test_the_loss_is_of_the_held_out_samples_against_the_source(self, models: Path, tmp_path: Path) -> None:
+        done = package(digits(tmp_path / "d.edge", precision="float32", sparsity=0.9, max_drop=0.9, **LABELLED))
+        (row,) = done.record["candidates"]
+        source = done.record["metric"]["source"]["value"]
+        assert row["holdout"]["value"] < source  # so much pruning costs something
+        assert row["loss"]["value"] == pytest.approx(1 - row["holdout"]["value"] / source)
+        assert row["loss"]["low"] < row["loss"]["value"] < row["loss"]["high"]
+        assert f"the loss against it is {row['loss']['value']:.1%} (" in text.summary(done.record)
+
+    def test_a_precision_that_changes_no_answer_loses_nothing(self, searched: Packaged) -> None:
+        row = next(row for row in searched.record["candidates"] if row["precision"] == "float32")
+        assert row["loss"]["value"] == 0
+        assert row["loss"]["low"] < 0 < row["loss"]["high"]
+
     def test_without_labels_it_is_agreement(self, models: Path, tmp_path: Path) -> None:
         done = package(digits(tmp_path / "d.edge"))
         assert {score.metric for score in done.bundle.manifest.scores} == {"agreement-top1"}
         assert {score.source for score in done.bundle.manifest.scores} == {1.0}
         assert done.record["metric"]["kind"] == "agreement"
+        assert all(row["loss"] is None for row in done.record["candidates"])
 
     def test_samples_to_judge_by_must_be_new(self, models: Path, tmp_path: Path) -> None:
         given = digits(tmp_path / "d.edge", evaluation=MODELS / "calibration_nchw.npz")

@@ -180,7 +180,9 @@ def test_the_page_starts_with_the_verdict_and_its_figures() -> None:
     assert first is not None and first.get("id") == "verdict"
     says = words(first)
     assert says.startswith("✓tflite int8-mixed was chosen for raspberry-pi-4.")
-    for figure in ("It keeps all 5 limits.", "94.4% (90.1% to 97.0%)", "the source has 94.8% on 400 samples",
+    for figure in ("It keeps all 5 limits.", "94.4% (90.1% to 97.0%)",
+                   "the source has 94.8% on 400 samples; the loss against it is 0.4% (-0.6% to 1.4%).",
+                   "loss against the source: 0.4% (-0.6% to 1.4%)",
                    "339 KB", "2.41 ms", "31.5 MB", "752 MB allowed", "float32: 3.6 \u00d7 as much"):  # fmt: skip
         assert figure in says
 
@@ -196,6 +198,23 @@ def test_every_candidate_is_listed_with_its_reason() -> None:
         assert row.get("class") == item["status"] and item["id"] in says and (item["reason"] or "") in says
         assert ("on the front" in says) == item["pareto"]
     assert "14 candidates: 1 chosen, 5 more fit, 8 dropped." in words(section)
+
+
+def test_the_candidates_loss_is_a_column_where_there_is_any() -> None:
+    given = record("full")
+
+    def column() -> list[str]:
+        section = tree(html.render(given)).find(".//section[@id='candidates']")
+        assert section is not None
+        return [words(cell) for cell in section.iter("td") if cell.get("data-label") == "Loss against the source"]
+
+    shown = column()
+    assert shown[:2] == ["0.4%-0.6% to 1.4%", "8.2%5.1% to 11.3%"]
+    assert len(shown) == 14 and shown.count(units.NOTHING) == 11
+    for item in given["candidates"]:
+        item["loss"] = None
+    assert column() == []
+    assert "loss" not in text.summary(given)
 
 
 def test_when_nothing_fits_the_page_says_what_binds_and_what_to_relax() -> None:
@@ -340,7 +359,8 @@ def test_an_output_without_usable_counts_has_no_histogram() -> None:
         (units.size(999), "999 B"), (units.size(999_600), "1.00 MB"), (units.size(1_500_000), "1.5 MB"),
         (units.size(338_912), "339 KB"), (units.size(None), units.NOTHING), (units.duration(0.042), "42 µs"),
         (units.duration(0), "0 ms"), (units.duration(1210), "1.21 s"), (units.share(0.0001), "<0.1%"),
-        (units.share(0.978), "97.8%"), (units.number(1234.5), "1,234"), (units.number(8.4e-7), "8.4e-07"),
+        (units.share(0.978), "97.8%"), (units.share(-0.0002), "0.0%"), (units.share(-0.031), "-3.1%"),
+        (units.number(1234.5), "1,234"), (units.number(8.4e-7), "8.4e-07"),
         (units.number(True), units.NOTHING), (units.number(float("inf")), units.NOTHING),
         (units.number(10**400), units.NOTHING),
         (units.count(1, "sample"), "1 sample"), (units.quantity(3, "W"), "3 W"),

@@ -70,14 +70,3 @@ def paired_proportions(reference: Array, candidate: Array) -> tuple[float, float
     middle = (won - lost) / count
     spread = Z * math.sqrt((won + lost) - (won - lost) ** 2 / count) / count
     return max(-1.0, middle - spread), min(1.0, middle + spread)
-
-
-def unpaired(reference: tuple[float, float, float], candidate: tuple[float, float, float]) -> tuple[float, float]:
-    """Interval of (candidate - reference) from (value, low, high) of each, as if of different samples.
-
-    Wider than a paired one. Zou and Donner 2008, https://doi.org/10.1002/sim.3095
-    """
-    (old, old_low, old_high), (new, new_low, new_high) = reference, candidate
-    difference = new - old
-    low = difference - math.hypot(new - new_low, old_high - old)
-    return low, difference + math.hypot(new_high - new, old - old_low)

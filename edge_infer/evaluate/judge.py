@@ -11,7 +11,7 @@ import numpy as np
 from edge_infer.errors import UsageError
 from edge_infer.evaluate.agreement import AGREEMENTS, kind_of_output
 from edge_infer.evaluate.histogram import ErrorHistogram
-from edge_infer.evaluate.loss import share
+from edge_infer.evaluate.loss import Loss, paired_loss, share
 from edge_infer.evaluate.metrics import METRICS
 from edge_infer.evaluate.score import Accumulator, Feed, Score
 from edge_infer.evaluate.user_metric import UserAccumulator
@@ -70,7 +70,7 @@ def agreement(expected: Array, observed: Array) -> Score:
 
 
 class Judge:
-    """The one score that limits go by, sample by sample, and how the errors of each output lie.
+    """The one score that limits go by, sample by sample, what it lost against the source, and how the errors lie.
 
     With a metric: that of the scored output. For agreement: that of the one output, or of several the worst, then as
     a share, since outputs of different kinds have different units.
@@ -79,28 +79,41 @@ class Judge:
     def __init__(self, metric: str, scored: str | None) -> None:
         self.metric, self.scored = metric, scored
         self._scores: dict[str, Accumulator] = {}
+        self._source: Accumulator | None = None
         self._errors: dict[str, ErrorHistogram] = {}
 
     def add(self, expected: Feed, observed: Feed, labels: Array | None) -> None:
         """One sample: the source's answers, the artifact's, the labels. Raises UsageError, ParityError."""
         if not self._scores:
-            self._errors = {name: ErrorHistogram() for name in expected}
-            if self.metric == AGREEMENT:
-                self._scores = without_labels(expected, self.scored)
-            else:
-                self._scores = {"": with_labels(self.metric, sorted(expected), self.scored)}
+            self._begin(expected)
         for accumulator in self._scores.values():
             accumulator.add(expected, observed, labels)
+            # What keeps no figures keeps the answers themselves: those of the source are not kept too.
+            if self._source is not None and accumulator.per_sample:
+                self._source.add(expected, expected, labels)
         for name, errors in self._errors.items():
             errors.add(np.asarray(expected[name]), np.asarray(observed[name]))
 
+    def _begin(self, expected: Feed) -> None:
+        self._errors = {name: ErrorHistogram() for name in expected}
+        if self.metric == AGREEMENT:
+            self._scores = without_labels(expected, self.scored)
+        else:
+            self._scores = {"": with_labels(self.metric, sorted(expected), self.scored)}
+            self._source = with_labels(self.metric, sorted(expected), self.scored)
+
     def score(self) -> Score:
+        """Raises UsageError without samples, and where the labels are all of one class for auc."""
         scores = [accumulator.score() for accumulator in self._scores.values()]
         if len(scores) == 1:
             return scores[0]
         worst = min(scores, key=share)
         low, high = (share(replace(worst, value=value)) for value in (worst.low, worst.high))
         return Score(AGREEMENT, "agreement", share(worst), low, high, worst.count, True)
+
+    def loss(self) -> Loss | None:
+        """Against the source's own score; see ``paired_loss``. None for agreement, which is less by it than 1."""
+        return None if self._source is None else paired_loss(self._source, self._scores[""])
 
     def histograms(self) -> list[dict[str, Any]]:
         """As the report has them: an output's errors (artifact minus source) in bins."""

@@ -1,4 +1,4 @@
-"""What a candidate lost against a reference, and what it may lose."""
+"""What a candidate lost of the source's figure, and what it may lose."""
 
 from __future__ import annotations
 
@@ -8,77 +8,54 @@ from typing import Any
 
 import numpy as np
 
-from edge_infer.errors import UsageError
 from edge_infer.evaluate import intervals
-from edge_infer.evaluate.agreement import AGREEMENTS, MOST_DECIBELS
-from edge_infer.evaluate.metrics import METRICS
-from edge_infer.evaluate.score import Score, mean
+from edge_infer.evaluate.agreement import MOST_DECIBELS
+from edge_infer.evaluate.score import Accumulator, Score, mean
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Drop:
-    """What a candidate lost against a reference.
+class Loss:
+    """The share of the source's figure that a candidate lost on the same samples, with its 95 % interval.
 
-    ``kept``: the share of the reference's score that is left, 1.0 where nothing was lost (MLPerf asks for 0.99,
-    https://docs.mlcommons.org/inference/), above 1 where the candidate is better. ``difference``: candidate minus
-    reference in the metric's own unit, with its 95 % interval; ``paired``: of the same samples one by one, which is
-    narrower. ``worse``: the interval lies on the bad side of 0 altogether.
+    0.01 is an accuracy of 0.891 where the source has 0.9, or an error of 1.01 where it has 1. Below 0 the candidate is
+    the better one; an interval that is above 0 altogether shows a loss that is not chance.
     """
 
-    kept: float
-    difference: float
+    value: float
     low: float
     high: float
-    paired: bool
-    worse: bool
 
 
-def drop(reference: Score, candidate: Score) -> Drop:
-    """Compare two scores by one metric; paired where both hold rows, which must be of the same samples in one order.
+def paired_loss(source: Accumulator, candidate: Accumulator) -> Loss | None:
+    """From one metric of both on the same samples in one order, which is narrower than from their two intervals.
 
-    Yes-or-no results are compared as matched proportions, others by resampling both alike (``intervals`` names the
-    sources). Raises UsageError for scores by different metrics.
+    The interval is that of the difference; the source's figure, which it is a share of, is taken as given, as limits
+    take it (``allowed``). ``None`` where the metric keeps nothing of single samples, and where the source's figure is
+    not above 0 or not finite: nothing is a share of it.
     """
-    if reference.name != candidate.name:
-        raise UsageError(f"{candidate.name} cannot be compared with {reference.name}; score both by one metric")
-    difference = candidate.value - reference.value if candidate.value != reference.value else 0.0
-    paired = reference.rows is not None and candidate.rows is not None and len(reference.rows) == len(candidate.rows)
-    if paired:
-        low, high = _paired(reference, candidate)
-    else:
-        low, high = intervals.unpaired(
-            (reference.value, reference.low, reference.high), (candidate.value, candidate.low, candidate.high)
-        )
-    low, high = (difference, difference) if math.isnan(low) or math.isnan(high) else (low, high)
-    low, high = min(low, difference), max(high, difference)
-    worse = high < 0 if reference.higher_is_better else low > 0
-    return Drop(_kept(reference, candidate), difference, low, high, paired, worse)
-
-
-def _paired(reference: Score, candidate: Score) -> tuple[float, float]:
-    ours, theirs = reference.rows, candidate.rows
-    assert ours is not None and theirs is not None
-    if intervals.is_proportion(ours) and intervals.is_proportion(theirs):
-        return intervals.paired_proportions(ours[:, 0], theirs[:, 0])
-    metrics = [*METRICS.values(), *(metric for row in AGREEMENTS.values() for metric in row)]
-    statistic = next((metric.statistic for metric in metrics if metric.name == reference.name), mean)
+    if not (source.per_sample and candidate.per_sample):
+        return None
+    ours, theirs = source.rows(), candidate.rows()
+    statistic, count = candidate.metric.statistic, len(theirs)
     old, new = statistic(ours), statistic(theirs)
+    reference = old(np.ones(count))
+    if not 0 < reference < math.inf:
+        return None
 
     def difference(weights: Array) -> float:
         return new(weights) - old(weights)
 
-    return intervals.bootstrap(difference, len(ours))
-
-
-def _kept(reference: Score, candidate: Score) -> float:
-    old, new = share(reference), share(candidate)
-    if not reference.higher_is_better:
-        old, new = new, old
-    if old <= 0 or not math.isfinite(old):  # no share of nothing
-        return 1.0 if new >= old else 0.0
-    return new / old
+    value = difference(np.ones(count))
+    if statistic is mean and intervals.is_proportion(ours) and intervals.is_proportion(theirs):
+        low, high = intervals.paired_proportions(ours[:, 0], theirs[:, 0])
+    else:
+        low, high = intervals.bootstrap(difference, count)
+    low, high = (value, value) if math.isnan(low) else (min(low, value), max(high, value))
+    if candidate.metric.higher_is_better:
+        low, value, high = 0 - high, 0 - value, 0 - low
+    return Loss(value / reference, low / reference, high / reference)
 
 
 def share(score: Score) -> float:

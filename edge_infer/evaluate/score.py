@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,7 @@ class Score:
     """A figure with its 95 % interval over ``count`` samples.
 
     ``kind``: "accuracy" (against labels), "error" (against labels, the less the better) or "agreement" (with the
-    source's answers; says nothing about being right). ``rows`` [count, k] is what was kept of the samples in their
-    order, for paired comparisons; ``None`` where the metric has nothing for single samples.
+    source's answers; says nothing about being right).
     """
 
     name: str
@@ -37,7 +35,6 @@ class Score:
     high: float
     count: int
     higher_is_better: bool
-    rows: Array | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,11 +81,21 @@ class Accumulator:
             wanted = np.asarray(labels)
         self._rows.append(self.metric.rows(wanted, answer))
 
-    def score(self) -> Score:
-        """The score so far. Raises UsageError without samples, and where the labels are all of one class for auc."""
+    @property
+    def per_sample(self) -> bool:
+        """Whether figures of each sample are kept, which ``rows`` gives."""
+        return True
+
+    def rows(self) -> Array:
+        """What was kept of the samples in their order, float64 [n, k]. Raises UsageError without samples."""
         rows = np.concatenate(self._rows) if self._rows else np.empty((0, 1))
         if not len(rows):
             raise UsageError(f"{self.metric.name} has no samples to go by, expected at least one")
+        return rows
+
+    def score(self) -> Score:
+        """The score so far. Raises UsageError without samples, and where the labels are all of one class for auc."""
+        rows = self.rows()
         statistic = self.metric.statistic(rows)
         value = statistic(np.ones(len(rows)))
         if math.isnan(value):
@@ -97,14 +104,14 @@ class Accumulator:
             interval = intervals.wilson(value, len(rows))
         else:
             interval = intervals.bootstrap(statistic, len(rows))
-        return score_of(self.metric, value, interval, len(rows), rows)
+        return score_of(self.metric, value, interval, len(rows))
 
 
-def score_of(metric: Metric, value: float, interval: tuple[float, float], count: int, rows: Array | None) -> Score:
+def score_of(metric: Metric, value: float, interval: tuple[float, float], count: int) -> Score:
     """A score whose interval holds its value; without an interval (NaN) it is the value alone."""
     low, high = (value, value) if math.isnan(interval[0]) else interval
     low, high = min(low, value), max(high, value)
-    return Score(metric.name, metric.kind, value, low, high, count, metric.higher_is_better, rows)
+    return Score(metric.name, metric.kind, value, low, high, count, metric.higher_is_better)
 
 
 def mean(rows: Array) -> intervals.Statistic:
@@ -120,15 +127,3 @@ def mean(rows: Array) -> intervals.Statistic:
 def column(values: Array) -> Array:
     """One figure a sample, [n], as rows: float64 [n, 1]."""
     return np.asarray(values, float)[:, None]
-
-
-def to_json(score: Score) -> dict[str, Any]:
-    """What JSON can hold of a score: infinite errors become the largest number, the rows stay behind."""
-    row = {item.name: getattr(score, item.name) for item in fields(score) if item.name != "rows"}
-    most = sys.float_info.max
-    return row | {name: min(max(row[name], -most), most) for name in ("value", "low", "high")}
-
-
-def from_json(row: Mapping[str, Any]) -> Score:
-    """A score without its rows, as ``to_json`` wrote it."""
-    return Score(**row)

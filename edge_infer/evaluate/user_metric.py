@@ -33,6 +33,10 @@ class UserAccumulator(Accumulator):
         self._function = function
         self._kept: list[tuple[dict[str, Array], Array]] = []
 
+    @property
+    def per_sample(self) -> bool:
+        return not self._kept
+
     def add(self, expected: Feed | None, observed: Feed, labels: Array | None = None) -> None:
         if labels is None:
             raise UsageError(f"--metric {self.metric.name} needs labels, but the samples have none; add them")
@@ -82,7 +86,7 @@ class UserAccumulator(Accumulator):
                 return math.nan
 
         interval = intervals.bootstrap(resampled, len(labels), WHOLE_SET_RESAMPLES)
-        return score_of(self.metric, value, interval, len(labels), None)
+        return score_of(self.metric, value, interval, len(labels))
 
     def _whole(self, outputs: dict[str, Array], labels: Array) -> float:
         answer = np.asarray(self._call(outputs, labels), float)

@@ -69,6 +69,8 @@ def _candidate_columns(record: Record, items: Sequence[Record]) -> list[_Column]
         if answers:
             on = f" ({units.count(counts.pop(), 'sample')})" if len(counts) == 1 and counts != {None} else ""
             columns.append((title + on, True, lambda item, key=key, on=on: _score_cell(item.get(key), metric, not on)))  # type: ignore[misc]
+    if any(units.loss(item.get("loss")) for item in items):
+        columns.append(("Loss against the source", True, _loss_cell))
     if any(units.is_number(item.get("sparsity")) and item["sparsity"] > 0 for item in items):
         columns.append(("Weights zero", True, lambda item: (units.share(item.get("sparsity")), item.get("sparsity"))))
     return columns
@@ -115,6 +117,12 @@ def _score_cell(answer: Record | None, metric: Record, counted: bool) -> _Cell:
     on = units.count(answer["count"], "sample") if counted and units.is_number(answer.get("count")) else ""
     smalls = [element("small", part) for part in (units.interval(answer, metric), on) if part]
     return [units.score(value, metric), smalls], value if units.is_number(value) else None
+
+
+def _loss_cell(item: Record) -> _Cell:
+    lost = item.get("loss") or {}
+    value, of = lost.get("value"), units.loss_interval(lost)
+    return [units.share(value), element("small", of) if of else None], value if units.is_number(value) else None
 
 
 def _kept(kept: Record) -> Markup:

@@ -138,6 +138,8 @@ def _score_sentence(record: Record, item: Record) -> tuple[str, ...]:
     if units.is_number(source.get("value")):
         on = f" on {units.count(source['count'], 'sample')}" if units.is_number(source.get("count")) else ""
         text += f"; the source has {units.score(source['value'], metric)}{on}"
+    lost = units.loss(item.get("loss"))
+    text += f"; the loss against it is {lost}" if lost else ""
     return (f"{text}.",)
 
 

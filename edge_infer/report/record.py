@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_infer import __version__
 from edge_infer.bundle import Bundle
+from edge_infer.evaluate.loss import Loss
 from edge_infer.evaluate.score import Score
 from edge_infer.request import Request
 from edge_infer.search import Candidate, Limit, Verdict
@@ -120,6 +121,10 @@ def _score(score: Score | None) -> dict[str, Any] | None:
     return {"value": score.value, "low": score.low, "high": score.high, "count": score.count}
 
 
+def _loss(loss: Loss | None) -> dict[str, Any] | None:
+    return None if loss is None else dataclasses.asdict(loss)
+
+
 def _samples(request: Request, sets: Sets) -> dict[str, Any]:
     judged = request.evaluation if sets.kind == "evaluation" else request.calibration
     rows = {"calibration": (sets.calibration, request.calibration)}
@@ -147,6 +152,7 @@ def _candidate(item: Candidate, verdict: Verdict) -> dict[str, Any]:
         "measured_on": item.measured_on or None,
         "search": _score(item.search),
         "holdout": _score(item.holdout),
+        "loss": _loss(item.loss),
         "kept_float": {"layers": list(item.kept_float), "share_of_weights": item.kept_share}
         if item.kept_float
         else None,

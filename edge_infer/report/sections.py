@@ -81,6 +81,8 @@ def _score_tile(record: Record, item: Record) -> Markup | None:
     lines.append(f"{samples} samples")
     source = (metric.get("source") or {}).get("value")
     lines += [f"source {units.score(source, metric)}"] if units.is_number(source) else []
+    lost = units.loss(item.get("loss"))
+    lines += [f"loss against the source: {lost}"] if lost else []
     return _figure(
         str(metric.get("name") or "score"), units.score(answer["value"], metric), lines, row.kept if row else None
     )

@@ -44,7 +44,7 @@ def share(value: Any) -> str:
         return NOTHING
     if 0 < value < 0.0005:
         return "<0.1%"
-    return f"{value * 100:.1f}%"
+    return f"{round(value * 100, 1) + 0.0:.1f}%"  # no "-0.0%"
 
 
 def count(value: Any, noun: str) -> str:
@@ -75,6 +75,20 @@ def interval(answer: Mapping[str, Any] | None, metric: Mapping[str, Any] | None)
     if not answer or not is_number(answer.get("low")) or not is_number(answer.get("high")):
         return ""
     return f"{score(answer['low'], metric)} to {score(answer['high'], metric)}"
+
+
+def loss(lost: Mapping[str, Any] | None) -> str:
+    """``0.4% (-0.4% to 1.2%)`` of the source's score, or nothing when there is no loss to speak of."""
+    if not lost or not is_number(lost.get("value")):
+        return ""
+    of = loss_interval(lost)
+    return f"{share(lost['value'])}{f' ({of})' if of else ''}"
+
+
+def loss_interval(lost: Mapping[str, Any]) -> str:
+    """``-0.4% to 1.2%``, or nothing when there is no interval."""
+    low, high = lost.get("low"), lost.get("high")
+    return f"{share(low)} to {share(high)}" if is_number(low) and is_number(high) else ""
 
 
 def _scaled(value: Any, step: float, units: tuple[str, ...]) -> str:
