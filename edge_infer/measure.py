@@ -104,7 +104,7 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "scores": {name: row["score"] for name, row in sets.items()},
         "loss": held_out.get("loss"),
-        "histograms": held_out.get("histograms", []),
+        "outputs": held_out.get("outputs", []),
         "depends_on": user_code.imported_files(),
     }
 
@@ -131,7 +131,7 @@ def _judge_set(request: dict[str, Any], indices: list[int], answer: Callable[[in
     return {
         "score": _to_json(judge.score()),
         "loss": None if loss is None else _to_json(loss),
-        "histograms": judge.histograms(),
+        "outputs": judge.outputs(),
     }
 
 

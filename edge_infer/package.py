@@ -189,7 +189,7 @@ class _Packaging:
             source_scores=self.shop.source_scores(),
             sets=self.sets,
             layers=layers,
-            histograms=built.judged.answer["histograms"] if built.judged else (),
+            outputs=built.judged.answer["outputs"] if built.judged else (),
             trials=self.trials.get(chosen.id, ()),
         )
 

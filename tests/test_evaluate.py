@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score, top_k_accuracy_score
 
 from edge_infer.errors import ParityError, UsageError
 from edge_infer.evaluate import agreement, histogram, intervals, judge, metrics
+from edge_infer.evaluate.cosine import CosineSimilarity
 from edge_infer.evaluate.loss import Loss, allowed, paired_loss, share
 from edge_infer.evaluate.score import Accumulator, Score
 
@@ -235,6 +236,12 @@ def test_a_users_metric_that_fails_is_named(users: Path, name: str, words: str) 
         scored(f"{users}:{name}", *guesses())
 
 
+def agreed(expected: np.ndarray, observed: np.ndarray) -> Score:
+    (accumulator,) = judge.without_labels({"y": expected}).values()
+    accumulator.add({"y": expected}, {"y": observed})
+    return accumulator.score()
+
+
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
@@ -249,7 +256,7 @@ def test_a_users_metric_that_fails_is_named(users: Path, name: str, words: str) 
 )
 def test_the_kind_of_an_output_goes_by_the_sources_answers(answer: np.ndarray, kind: str) -> None:
     assert agreement.kind_of_output(answer) == kind
-    same = judge.agreement(answer, answer)
+    same = agreed(answer, answer)
     assert same.kind == "agreement"
     assert same.value == (agreement.MOST_DECIBELS if kind == "values" else 1.0)
 
@@ -258,11 +265,11 @@ def test_agreement_of_classes_and_integers_is_a_share() -> None:
     scores, _ = guesses()
     other = scores.copy()
     other[:30] = np.roll(scores[:30], 1, axis=1)
-    assert judge.agreement(scores, other).value == pytest.approx(170 / 200)
-    assert judge.agreement(scores, np.full_like(scores, np.nan)).value == 0.0
+    assert agreed(scores, other).value == pytest.approx(170 / 200)
+    assert agreed(scores, np.full_like(scores, np.nan)).value == 0.0
     tied = np.array([[1.0, 1.0, 0.0]])
-    assert judge.agreement(tied, np.array([[0.0, 1.0, 0.5]])).value == 1.0
-    assert judge.agreement(np.array([[1, 2], [3, 4]]), np.array([[1, 0], [3, 4]])).value == 0.75
+    assert agreed(tied, np.array([[0.0, 1.0, 0.5]])).value == 1.0
+    assert agreed(np.array([[1, 2], [3, 4]]), np.array([[1, 0], [3, 4]])).value == 0.75
 
 
 def test_agreement_of_values_is_signal_over_noise_about_the_mean() -> None:
@@ -271,12 +278,12 @@ def test_agreement_of_values_is_signal_over_noise_about_the_mean() -> None:
     wanted = 10 * math.log10(signal.var() / (noise**2).mean())
     with np.errstate(all="raise"):
         for offset in (0.0, 1000.0):
-            score = judge.agreement(signal + offset, signal + offset + noise)
+            score = agreed(signal + offset, signal + offset + noise)
             assert score.name == "agreement-sqnr-db"
             assert score.value == pytest.approx(wanted, abs=0.01)
             assert score.low < score.value < score.high
-    assert judge.agreement(signal, signal / 2).value == pytest.approx(6.02, abs=0.05)
-    assert judge.agreement(signal, np.full_like(signal, np.nan)).value == -agreement.MOST_DECIBELS
+    assert agreed(signal, signal / 2).value == pytest.approx(6.02, abs=0.05)
+    assert agreed(signal, np.full_like(signal, np.nan)).value == -agreement.MOST_DECIBELS
 
 
 def test_agreement_is_one_accumulator_an_output_and_shapes_must_be_the_sources() -> None:
@@ -292,12 +299,27 @@ def test_agreement_is_one_accumulator_an_output_and_shapes_must_be_the_sources()
         accumulators["mask"].add(first, {"mask": np.zeros((4, 5))})
 
 
+def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    made = CosineSimilarity()
+    for index in range(len(ours)):
+        made.add(ours[index : index + 1], theirs[index : index + 1])
+    return made.result()
+
+
 def test_the_cosine_is_over_all_answers() -> None:
     ours, theirs = RNG.standard_normal((2, 50, 3, 2))
-    accumulator = Accumulator(agreement.AGREEMENTS["values"][1], "y")
-    accumulator.add({"y": ours}, {"y": theirs})
     wanted = (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)
-    assert accumulator.score().value == pytest.approx(wanted)
+    assert cosine(ours, theirs) == pytest.approx(wanted)
+    assert cosine(ours, -3 * ours) == pytest.approx(-1)
+
+
+def test_the_cosine_of_nothing_and_of_no_numbers() -> None:
+    ours, nothing = RNG.standard_normal((5, 4)).astype(np.float32), np.zeros((5, 4), np.float32)
+    assert cosine(nothing, nothing) == 1
+    assert cosine(ours, nothing) == cosine(nothing, ours) == 0
+    for broken in (np.nan, np.inf):
+        with np.errstate(all="raise"):
+            assert cosine(ours, np.where(ours == ours.max(), broken, ours)) == 0
 
 
 def yes_no(*answers: int) -> np.ndarray:
@@ -432,11 +454,32 @@ def test_the_judge_has_no_loss_without_figures_of_single_samples_or_labels(users
     assert judged("agreement", scores, scores[:, ::-1], None).loss() is None
 
 
+def test_the_judge_says_of_each_output_how_far_it_is_off() -> None:
+    expected = {"a": RNG.standard_normal((6, 3)).astype(np.float32), "b": np.arange(6)}
+    observed = {"a": expected["a"] * np.float32(1.5), "b": expected["b"] + [0, 0, 2, 0, 0, -3]}
+    observed["a"][4, 1] = np.nan
+    made = judge.Judge("agreement", None)
+    for index in range(6):
+        one = slice(index, index + 1)
+        asked = {name: array[one] for name, array in expected.items()}
+        made.add(asked, {name: array[one] for name, array in observed.items()}, None)
+    floats, integers = made.outputs()
+    assert (floats["name"], floats["not_finite"], floats["cosine"], sum(floats["counts"])) == ("a", 1, 0, 17)
+    assert (integers["name"], integers["not_finite"], integers["cosine"]) == ("b", 0, None)
+    assert (integers["largest"], sum(integers["counts"]), len(integers["edges"])) == (3, 6, len(integers["counts"]) + 1)
+
+
+def counted(expected: np.ndarray, observed: np.ndarray, bins: int = 21) -> histogram.Histogram:
+    made = histogram.ErrorHistogram()
+    made.add(expected, observed)
+    return made.result(bins)
+
+
 def test_the_histogram_holds_every_error_once_however_it_is_fed() -> None:
     expected = RNG.standard_normal(5000).astype(np.float32)
     errors = np.concatenate([np.zeros(100), 10 ** RNG.uniform(-6, 1, 4900) * RNG.choice([-1, 1], 4900)])
     observed = (expected + errors).astype(np.float64)
-    whole = histogram.error_histogram(expected, observed, 31)
+    whole = counted(expected, observed, 31)
     parts = histogram.ErrorHistogram()
     for start in range(0, 5000, 900):
         parts.add(expected[start : start + 900], observed[start : start + 900])
@@ -451,8 +494,8 @@ def test_the_histogram_holds_every_error_once_however_it_is_fed() -> None:
 
 
 def test_the_histogram_of_nothing_wrong_and_of_nothing_finite() -> None:
-    same = histogram.error_histogram(np.ones(7), np.ones(7))
+    same = counted(np.ones(7), np.ones(7))
     assert (sum(same.counts), same.largest, same.not_finite) == (7, 0.0, 0)
     assert same.counts[len(same.counts) // 2] == 7
-    lost = histogram.error_histogram(np.ones(4), np.array([np.nan, np.inf, 1.5, 1e30]))
+    lost = counted(np.ones(4), np.array([np.nan, np.inf, 1.5, 1e30]))
     assert (sum(lost.counts), lost.largest, lost.not_finite) == (2, 1e30, 2)

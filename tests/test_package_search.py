@@ -214,6 +214,8 @@ def test_the_report_lies_beside_the_bundle_and_holds_the_record(searched: Packag
     assert json.loads(json.dumps(searched.record)) == searched.record
     assert searched.record["layers"] and all(row["error"] >= 0 for row in searched.record["layers"])
     assert sum(searched.record["outputs"][0]["counts"]) > 0
+    assert 0.99 < searched.record["outputs"][0]["cosine"] < 1
+    assert "cosine similarity 0.99" in page
 
 
 def test_candidates_are_measured_on_a_device_and_leave_nothing_there(models: Path, tmp_path: Path) -> None:

@@ -345,6 +345,18 @@ def test_an_outlier_does_not_press_the_others_together() -> None:
     assert "71.0%</text>" not in (scatter.draw(given, "size_bytes", "size", "bytes", "p", 540) or "")
 
 
+def test_an_output_says_how_far_it_is_off_altogether() -> None:
+    given = record("full")
+    given["outputs"][1] |= {"cosine": None, "not_finite": 3}
+    section = tree(html.render(given)).find(".//section[@id='answers']")
+    assert section is not None
+    lines = [[words(line) for line in figure.findall("small")] for figure in section.iter("figure")]
+    assert lines == [
+        ["largest difference 0.0594", "cosine similarity 0.999873"],
+        ["largest difference 0.391", "3 differences not finite"],
+    ]
+
+
 def test_an_output_without_usable_counts_has_no_histogram() -> None:
     good = {"name": "y", "edges": [0, 1, 2], "counts": [3, 4]}
     assert plots.histogram(good, "h", 340)

@@ -17,7 +17,8 @@ MOST_DECIBELS = 150.0
 
 
 def kind_of_output(answer: Array) -> str:
-    """ "classes" (float scores [n, 2 or more]), "integers" or "values", by a batch of the SOURCE's answers."""
+    """By a batch of the SOURCE's answers: "classes" (float scores [n, 2 or more], also with dimensions of 1 behind),
+    "integers" (booleans too) or "values" (any other floats)."""
     if answer.dtype.kind in "iub":
         return "integers"
     scores = class_scores(answer)
@@ -43,6 +44,7 @@ def _equal(expected: Array, answer: Array) -> Array:
 
 
 def _powers(expected: Array, answer: Array) -> Array:
+    """(squares, sum, squares of the differences, how many numbers) of each sample, float64 [n, 4]."""
     signal = _samples(expected)
     noise = np.nan_to_num(((_samples(answer) - signal) ** 2).sum(axis=1), nan=np.inf, posinf=np.inf)
     numbers = np.full(len(signal), signal.shape[1], float)
@@ -50,7 +52,7 @@ def _powers(expected: Array, answer: Array) -> Array:
 
 
 def _sqnr(rows: Array) -> intervals.Statistic:
-    """Signal over quantization noise in dB, of rows (squares, sum, squares of the differences, how many numbers).
+    """Signal over quantization noise in dB, of the rows that ``_powers`` makes.
 
     The signal is the source's answers about their mean, since what is constant carries nothing.
     https://en.wikipedia.org/wiki/Signal-to-quantization-noise_ratio
@@ -68,33 +70,10 @@ def _sqnr(rows: Array) -> intervals.Statistic:
     return decibels
 
 
-def _products(expected: Array, answer: Array) -> Array:
-    ours, theirs = _samples(expected), np.nan_to_num(_samples(answer), nan=np.inf)
-    with np.errstate(invalid="ignore"):
-        products = np.nan_to_num((ours * theirs).sum(axis=1))
-    return np.stack([products, (ours**2).sum(axis=1), (theirs**2).sum(axis=1)], axis=1)
-
-
-def _cosine(rows: Array) -> intervals.Statistic:
-    """Cosine of the angle between all answers of the one and of the other, of rows (products, squares, squares)."""
-
-    def cosine(weights: Array) -> float:
-        products, ours, theirs = np.sum(rows[weights > 0] * weights[weights > 0, None], axis=0).tolist()
-        if ours == theirs == 0:
-            return 1.0
-        lengths = math.sqrt(ours) * math.sqrt(theirs)
-        return products / lengths if 0 < lengths < math.inf else 0.0
-
-    return cosine
-
-
-#: By kind of output, the first is what limits go by. For values that is the signal over the noise, about the mean as
-#: parity has it, and not the cosine, to which outputs of half the size look perfect and single numbers always do.
+#: By kind of output. For values that is the signal over the noise, about the mean as parity has it, and not the cosine,
+#: to which outputs of half the size look perfect and single numbers always do; the report shows it beside.
 AGREEMENTS = {
-    "classes": (Metric("agreement-top1", "agreement", True, _same_class, mean),),
-    "integers": (Metric("agreement-equal", "agreement", True, _equal, mean),),
-    "values": (
-        Metric("agreement-sqnr-db", "agreement", True, _powers, _sqnr),
-        Metric("agreement-cosine", "agreement", True, _products, _cosine),
-    ),
+    "classes": Metric("agreement-top1", "agreement", True, _same_class, mean),
+    "integers": Metric("agreement-equal", "agreement", True, _equal, mean),
+    "values": Metric("agreement-sqnr-db", "agreement", True, _powers, _sqnr),
 }

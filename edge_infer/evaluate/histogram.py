@@ -65,10 +65,3 @@ class ErrorHistogram:
             self._largest,
             self._not_finite,
         )
-
-
-def error_histogram(expected: Array, observed: Array, bins: int = 21) -> Histogram:
-    """In one go. Raises ParityError for arrays of different shapes."""
-    histogram = ErrorHistogram()
-    histogram.add(expected, observed)
-    return histogram.result(bins)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from edge_infer.errors import UsageError
 from edge_infer.evaluate.agreement import AGREEMENTS, kind_of_output
+from edge_infer.evaluate.cosine import CosineSimilarity
 from edge_infer.evaluate.histogram import ErrorHistogram
 from edge_infer.evaluate.loss import Loss, paired_loss, share
 from edge_infer.evaluate.metrics import METRICS
@@ -59,14 +60,7 @@ def without_labels(answers: Feed, output: str | None = None) -> dict[str, Accumu
     Raises UsageError for a name that the model does not have.
     """
     names = list(answers) if output is None else [choose_output(list(answers), output)]
-    return {name: Accumulator(AGREEMENTS[kind_of_output(np.asarray(answers[name]))][0], name) for name in names}
-
-
-def agreement(expected: Array, observed: Array) -> Score:
-    """How far ``observed`` agrees with the source's ``expected``, in one go. Raises ParityError for other shapes."""
-    accumulator = Accumulator(AGREEMENTS[kind_of_output(expected)][0], "output")
-    accumulator.add({"output": expected}, {"output": observed})
-    return accumulator.score()
+    return {name: Accumulator(AGREEMENTS[kind_of_output(np.asarray(answers[name]))], name) for name in names}
 
 
 class Judge:
@@ -81,6 +75,7 @@ class Judge:
         self._scores: dict[str, Accumulator] = {}
         self._source: Accumulator | None = None
         self._errors: dict[str, ErrorHistogram] = {}
+        self._cosines: dict[str, CosineSimilarity] = {}
 
     def add(self, expected: Feed, observed: Feed, labels: Array | None) -> None:
         """One sample: the source's answers, the artifact's, the labels. Raises UsageError, ParityError."""
@@ -93,9 +88,13 @@ class Judge:
                 self._source.add(expected, expected, labels)
         for name, errors in self._errors.items():
             errors.add(np.asarray(expected[name]), np.asarray(observed[name]))
+        for name, cosine in self._cosines.items():
+            cosine.add(np.asarray(expected[name]), np.asarray(observed[name]))
 
     def _begin(self, expected: Feed) -> None:
         self._errors = {name: ErrorHistogram() for name in expected}
+        floats = [name for name, answer in expected.items() if np.asarray(answer).dtype.kind == "f"]
+        self._cosines = {name: CosineSimilarity() for name in floats}
         if self.metric == AGREEMENT:
             self._scores = without_labels(expected, self.scored)
         else:
@@ -115,10 +114,10 @@ class Judge:
         """Against the source's own score; see ``paired_loss``. None for agreement, which is less by it than 1."""
         return None if self._source is None else paired_loss(self._source, self._scores[""])
 
-    def histograms(self) -> list[dict[str, Any]]:
-        """As the report has them: an output's errors (artifact minus source) in bins."""
+    def outputs(self) -> list[dict[str, Any]]:
+        """As the report has them: of each output the errors (artifact minus source) in bins, of floats the cosine."""
         rows = []
         for name, errors in sorted(self._errors.items()):
-            found = errors.result()
-            rows.append({"name": name, "edges": found.edges, "counts": found.counts, "largest": found.largest})
+            cosine = self._cosines[name].result() if name in self._cosines else None
+            rows.append({"name": name, **asdict(errors.result()), "cosine": cosine})
         return rows

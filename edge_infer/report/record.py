@@ -33,14 +33,14 @@ MEASURED = (
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a packaging found out besides its candidates. ``layers`` and ``histograms`` are of the chosen one."""
+    """What a packaging found out besides its candidates. ``layers`` and ``outputs`` are of the chosen one."""
 
     kind: str
     hashes: Mapping[str, str]
     source_scores: Mapping[str, Score]
     sets: Sets
     layers: Sequence[Mapping[str, Any]] = ()
-    histograms: Sequence[Mapping[str, Any]] = ()
+    outputs: Sequence[Mapping[str, Any]] = ()
     trials: Sequence[Mapping[str, Any]] = ()
 
 
@@ -66,7 +66,7 @@ def make_record(
         "chosen": verdict.chosen.id if verdict.chosen else None,
         "nothing_fits": _nothing_fits(verdict),
         "layers": [dict(row) for row in findings.layers],
-        "outputs": [{**row, "what": f"{findings.kind} source against the chosen"} for row in findings.histograms],
+        "outputs": [{**row, "what": f"{findings.kind} source against the chosen"} for row in findings.outputs],
         "trials": [dict(row) for row in findings.trials],
         "checks": [dataclasses.asdict(check) for check in manifest.checks] if manifest else [],
         "files": [

@@ -232,11 +232,24 @@ def answers(record: Record) -> Markup | None:
 
 def _output(index: int, output: Record) -> Markup:
     what = element("figcaption", element("b", output.get("name")), f" {output.get('what') or ''}".rstrip())
-    largest = None
-    if units.is_number(output.get("largest")):
-        largest = element("small", f"largest difference {units.number(output['largest'])}")
     drawing = plots.histogram(output, f"plot-output-{index}", NARROW)
-    return element("figure", what, drawing or element("p", "No values to compare.", cls="note"), largest)
+    return element(
+        "figure",
+        what,
+        drawing or element("p", "No values to compare.", cls="note"),
+        [element("small", line) for line in _how_far(output)],
+    )
+
+
+def _how_far(output: Record) -> list[str]:
+    lines = []
+    if units.is_number(output.get("largest")):
+        lines.append(f"largest difference {units.number(output['largest'])}")
+    if units.is_number(output.get("cosine")):
+        lines.append(f"cosine similarity {output['cosine']:.6f}")
+    if units.is_number(output.get("not_finite")) and output["not_finite"] > 0:
+        lines.append(f"{units.count(output['not_finite'], 'difference')} not finite")
+    return lines
 
 
 def _checks(rows: Sequence[Record]) -> Markup:
