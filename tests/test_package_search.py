@@ -67,7 +67,22 @@ class TestScores:
         assert {score.metric for score in done.bundle.manifest.scores} == {"agreement-top1"}
         assert {score.source for score in done.bundle.manifest.scores} == {1.0}
         assert done.record["metric"]["kind"] == "agreement"
+        assert "% (" in text.summary(done.record) and "the source has" not in text.summary(done.record)
         assert all(row["loss"] is None for row in done.record["candidates"])
+
+    def test_the_agreement_of_values_is_in_decibels(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(9)
+        weights = numpy_helper.from_array(rng.standard_normal((16, 1)).astype(np.float32), "w")
+        io = [value("x", TensorProto.FLOAT, ["n", 16])], [value("y", TensorProto.FLOAT, ["n", 1])]
+        source = save(tmp_path / "line.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], *io, [weights])
+        np.savez(tmp_path / "c.npz", x=rng.standard_normal((40, 16)).astype(np.float32))
+        given = Request(source, "cpu-x86_64", tmp_path / "l.edge", "onnx", "float32", calibration=tmp_path / "c.npz")
+        done = package(given)
+        assert done.record["metric"]["name"] == "agreement-sqnr-db"
+        says = text.summary(done.record)
+        assert " dB." in says or " dB (" in says
+        assert "%" not in says and "the source has" not in says
+        assert " dB allowed" in done.report.read_text("utf-8").replace("\u00a0", " ")
 
     def test_samples_to_judge_by_must_be_new(self, models: Path, tmp_path: Path) -> None:
         given = digits(tmp_path / "d.edge", evaluation=MODELS / "calibration_nchw.npz")

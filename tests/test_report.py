@@ -375,6 +375,9 @@ def test_an_output_without_usable_counts_has_no_histogram() -> None:
         (units.number(1234.5), "1,234"), (units.number(8.4e-7), "8.4e-07"),
         (units.number(True), units.NOTHING), (units.number(float("inf")), units.NOTHING),
         (units.number(10**400), units.NOTHING),
+        (units.score(32.16, {"kind": "agreement", "unit": "dB"}), "32.2 dB"),
+        (units.score(0.978, {"kind": "agreement", "unit": None}), "97.8%"),
+        (units.score(3.2, {"kind": "error"}), "3.2"),
         (units.count(1, "sample"), "1 sample"), (units.quantity(3, "W"), "3 W"),
     ],
 )  # fmt: skip

@@ -111,7 +111,9 @@ def _metric(scores: Mapping[str, Score]) -> dict[str, Any] | None:
         "name": found.name,
         "kind": found.kind,
         "higher_is_better": found.higher_is_better,
-        "source": _score(found),
+        "unit": "dB" if found.name.endswith("-db") else None,
+        # How far the source agrees with itself says nothing.
+        "source": None if found.kind == "agreement" else _score(found),
     }
 
 

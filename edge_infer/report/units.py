@@ -64,8 +64,11 @@ def quantity(value: Any, unit: Any) -> str:
 
 
 def score(value: Any, metric: Mapping[str, Any] | None) -> str:
-    """Accuracy and agreement in percent, errors as they are."""
-    if (metric or {}).get("kind") in ("accuracy", "agreement"):
+    """Accuracy and agreement in percent, unless the metric has a unit; errors as they are."""
+    metric = metric or {}
+    if metric.get("unit"):
+        return quantity(value, metric["unit"])
+    if metric.get("kind") in ("accuracy", "agreement"):
         return share(value)
     return number(value)
 
