@@ -1,4 +1,4 @@
-"""The reader of ONNX's wire format that finds which files a model refers to."""
+"""ONNX models with files beside them: how the packager writes them, and the reader that finds which files they name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 
 from edge_infer.bundle import Bundle
+from edge_infer.convert import onnx_graphs
 from edge_infer.errors import BundleError
 from edge_infer.runtime.onnx_files import MAX_DEPTH, external_locations
 
@@ -274,3 +275,52 @@ def test_a_changed_byte_never_hides_a_location_that_protobuf_still_finds() -> No
             assert found >= set(by_reflection(made))
             compared += 1
     assert compared > 200
+
+
+def test_a_saved_model_has_its_weights_in_one_file_beside_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    arrays = {name: rng.standard_normal((64, width)).astype(np.float32) for name, width in (("a", 32), ("b", 8))}
+    made = model(graph([], [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]))
+    path = tmp_path / "m.onnx"
+    onnx_graphs.save(made, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert external_locations(path.read_bytes()) == {"m.onnx.data"}
+    assert path.stat().st_size < 1024
+    assert not any(item.raw_data for item in made.graph.initializer)
+    for item in onnx.load(path).graph.initializer:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(item), arrays[item.name])
+
+
+def test_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    made = model(graph([], [onnx.numpy_helper.from_array(np.arange(900.0), "a")]))
+    path = tmp_path / "m.onnx"
+    written = []
+    for _ in range(2):
+        onnx_graphs.save(made, path)
+        written.append((path.read_bytes(), path.with_name("m.onnx.data").read_bytes()))
+        onnx.load_external_data_for_model(made, str(tmp_path))
+    assert written[0] == written[1]
+
+
+def test_a_file_of_that_name_where_the_packager_runs_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a model with weights beside it is packaged from its own folder."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "m.onnx.data").write_bytes(b"the user's")
+    monkeypatch.chdir(here)
+    onnx_graphs.save(model(graph([], [onnx.numpy_helper.from_array(np.arange(900.0), "a")])), there / "m.onnx")
+    assert (here / "m.onnx.data").read_bytes() == b"the user's"
+    assert (there / "m.onnx.data").stat().st_size == 900 * 8
+
+
+def test_weights_of_branches_lie_beside_the_model_too(tmp_path: Path) -> None:
+    array = np.arange(900.0)
+    inner = graph([], [onnx.numpy_helper.from_array(array, "b")], name="branch")
+    node = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    onnx_graphs.save(model(graph([node])), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 1024
+    for attribute in onnx.load(tmp_path / "m.onnx").graph.node[0].attribute:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(attribute.g.initializer[0]), array)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx.external_data_helper import set_external_data
 
 from edge_infer.errors import ConversionError
 from edge_infer.manifest import TensorSpec
@@ -17,8 +18,8 @@ from edge_infer.probe import Feed
 OPSET = 18
 #: Domains of operators that every ONNX engine has.
 PLAIN_DOMAINS = frozenset(("", "ai.onnx"))
-#: Weights beyond go to a file beside the model: one protobuf message holds at most 2 GiB.
-LARGEST_INLINE_BYTES = 2**30
+#: Tensors of fewer bytes stay in the model's own file.
+SMALLEST_BESIDE = 1024
 
 
 def finish(model: onnx.ModelProto, path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Path:
@@ -38,17 +39,25 @@ def finish(model: onnx.ModelProto, path: Path, inputs: Sequence[TensorSpec], out
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    if sum(len(item.raw_data) for item in model.graph.initializer) < LARGEST_INLINE_BYTES:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        return
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{path.name}.data",
-        convert_attribute=False,
-    )
+    """Write ``model`` with its weights in one file beside it, which has the same name and ``.data`` behind.
+
+    Afterwards the tensors in memory are empty and name that file; ``onnx.load_external_data_for_model`` fills them
+    again. In one file a model could have 2 GiB at most, and would be in memory twice while it is written.
+    """
+    weights = path.with_name(f"{path.name}.data")
+    weights.unlink(missing_ok=True)  # onnx adds to a file that is there
+    # Not by options of save_model, which refuses when the folder of whoever runs this has a file of that name.
+    for tensor in _initializers(model.graph):
+        if len(tensor.raw_data) >= SMALLEST_BESIDE:
+            set_external_data(tensor, weights.name)
+    onnx.save_model(model, path)
+
+
+def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for inner in inner_graphs(node):
+            yield from _initializers(inner)
 
 
 def _keep_unused(model: onnx.ModelProto, inputs: Sequence[TensorSpec]) -> None:

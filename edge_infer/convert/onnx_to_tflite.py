@@ -173,8 +173,11 @@ def _value(name: str, spec: TensorSpec) -> onnx.ValueInfoProto:
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
-    large = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
-    onnx.save_model(model, str(path), save_as_external_data=large, location=f"{path.name}.data")
+    """In one file where it can be: of a model with weights beside it onnx2tf infers fewer shapes."""
+    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+        onnx.save_model(model, str(path))
+    else:
+        onnx_graphs.save(model, path)
 
 
 def _run(model: onnx.ModelProto, inputs: list[TensorSpec], feed: probe.Feed, request: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import onnxruntime
 import onnxslim
 
 from edge_infer.convert import ask_source, override, spec_from_json
+from edge_infer.convert.onnx_graphs import save
 from edge_infer.errors import BundleError, ConversionError, UsageError
 from edge_infer.manifest import DTYPES, TensorSpec
 from edge_infer.runtime.onnx_files import external_locations
@@ -31,6 +32,7 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["out"])
     source = folder / "source.onnx"
     save(model, source)
+    onnx.load_external_data_for_model(model, str(folder))
     session = _open(path, source)
 
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -74,20 +76,6 @@ def _check_locations(path: Path, locations: set[str]) -> None:
             raise ConversionError(f"{path} refers to {location!r} outside its own folder; refused")
         if not beside.is_file():
             raise UsageError(f"{path} keeps weights in {location!r}, which is not beside it; copy that file too")
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write with all weights in one file beside it: one protobuf message holds at most 2 GiB."""
-    onnx.save_model(
-        model,
-        str(path),
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=f"{path.name}.data",
-        size_threshold=1024,
-        convert_attribute=False,
-    )
-    onnx.load_external_data_for_model(model, str(path.parent))  # saving empties the tensors in memory
 
 
 def slim(model: onnx.ModelProto) -> onnx.ModelProto:

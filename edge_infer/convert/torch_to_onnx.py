@@ -17,6 +17,9 @@ from edge_infer.convert.onnx_graphs import OPSET
 from edge_infer.convert.torch_source import TorchModel, causes
 from edge_infer.errors import ConversionError, EdgeInferError
 
+#: The exporter writes larger weights to a file beside the model: one protobuf message holds at most 2 GiB.
+LARGEST_INLINE_BYTES = 2**30
+
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     return by(export, request)
@@ -58,7 +61,7 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
         "verbose": False,
     }
     size = sum(tensor.nbytes for tensor in (*model.module.parameters(), *model.module.buffers()))
-    labels["external_data"] = size > onnx_graphs.LARGEST_INLINE_BYTES
+    labels["external_data"] = size > LARGEST_INLINE_BYTES
     if model.exported is not None:  # it knows its dynamic dimensions
         torch.onnx.export(model.exported, (), str(path), **labels)
         return []

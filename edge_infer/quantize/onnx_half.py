@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 
 from edge_infer import worker
+from edge_infer.convert import onnx_graphs
 from edge_infer.errors import ConversionError
 from edge_infer.quantize.onnx_graph import sort_nodes
 from edge_infer.quantize.onnx_weights import store_float16
@@ -46,8 +47,8 @@ def _in_float16(source: Path) -> onnx.ModelProto:
 def _opens(model: onnx.ModelProto, folder: Path) -> bool:
     """Whether the engine opens a model as the device does; asked in a child, which may crash."""
     path = folder / "float16.onnx"
-    onnx.save(model, path, save_as_external_data=True, location="float16.data")
-    onnx.load_external_data_for_model(model, str(folder))  # saving empties the tensors in memory
+    onnx_graphs.save(model, path)
+    onnx.load_external_data_for_model(model, str(folder))
     try:
         with tempfile.TemporaryDirectory() as logs:
             worker.run("edge_infer.quantize.onnx_half:open_once", {"model": str(path)}, Path(logs) / "log")

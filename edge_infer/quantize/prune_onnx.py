@@ -9,9 +9,10 @@ from typing import Any
 import onnx
 from onnx import numpy_helper
 
+from edge_infer.convert import onnx_graphs
 from edge_infer.quantize import pruning
 
-MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
+MODEL = "model.onnx"
 #: Operators with weights worth pruning, and which of their inputs those are.
 WEIGHT_INPUTS = {
     "Conv": (1,),
@@ -30,8 +31,6 @@ FLOATS = {
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 }
-#: A protobuf holds less than 2 GiB; what is near that goes to a file beside it.
-INLINE_BYTES = 1 << 30
 
 
 def prune(request: dict[str, Any]) -> dict[str, Any]:
@@ -47,8 +46,7 @@ def prune(request: dict[str, Any]) -> dict[str, Any]:
     for name, tensor in tensors.items():
         tensor.CopyFrom(numpy_helper.from_array(arrays.pop(name), tensor.name))
     path = Path(request["out"]) / MODEL
-    outside = sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= INLINE_BYTES
-    onnx.save_model(model, path, save_as_external_data=outside, location=WEIGHTS)
+    onnx_graphs.save(model, path)
     return {"details": {"model": str(path)}, **reached, "tools": {"onnx": onnx.__version__}}
 
 
