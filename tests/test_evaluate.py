@@ -16,6 +16,7 @@ from edge_infer.evaluate import agreement, histogram, intervals, judge, metrics
 from edge_infer.evaluate.cosine import CosineSimilarity
 from edge_infer.evaluate.loss import Loss, allowed, paired_loss, share
 from edge_infer.evaluate.score import Accumulator, Score
+from edge_infer.report import units
 
 RNG = np.random.default_rng()
 
@@ -208,6 +209,8 @@ def test_a_users_metric_gives_numbers_of_samples_or_one_of_all(users: Path) -> N
     scores, labels = guesses()
     near = scored(f"{users}:within_one", scores, labels)
     assert near.value == np.mean(np.abs(scores.argmax(axis=1) - labels) <= 1)
+    assert near.kind == "score"  # nobody knows whether it is a share
+    assert units.score(30.0, {"kind": near.kind}) == "30"
     assert (near.low, near.high) == intervals.wilson(near.value, 200)
     recall = scored(f"{users}:macro_recall", scores, labels)
     hit = scores.argmax(axis=1) == labels

@@ -29,7 +29,7 @@ class UserAccumulator(Accumulator):
 
     def __init__(self, name: str, function: Callable[..., Any], output: str) -> None:
         better = bool(getattr(function, "higher_is_better", True))
-        super().__init__(Metric(name, "accuracy" if better else "error", better, self._no_rows, mean), output)
+        super().__init__(Metric(name, "score" if better else "error", better, self._no_rows, mean), output)
         self._function = function
         self._kept: list[tuple[dict[str, Array], Array]] = []
 
