@@ -22,7 +22,7 @@ from edge_infer.errors import (
     ParityError,
     UsageError,
 )
-from edge_infer.evaluate.judge import AGREEMENT
+from edge_infer.evaluate.judge import WITHOUT_LABELS
 from edge_infer.evaluate.loss import allowed
 from edge_infer.evaluate.score import Score
 from edge_infer.quantize import mixed
@@ -134,7 +134,7 @@ class _Packaging:
             request.trust_pickle,
             calibration,
             evaluation,
-            request.metric != AGREEMENT,
+            request.metric not in WITHOUT_LABELS,
         )
         self.model = convert.read(source, options, run)
         self.sets: Sets = choose_sets(

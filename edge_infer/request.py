@@ -10,7 +10,7 @@ from typing import Any
 from edge_infer import quantize
 from edge_infer.bundle import refuse_to_overwrite
 from edge_infer.errors import UsageError
-from edge_infer.evaluate.judge import AGREEMENT, check_metric
+from edge_infer.evaluate.judge import AGREEMENT, WITHOUT_LABELS, check_metric
 from edge_infer.manifest import FORMATS, MANIFEST_NAME, PLAIN_NAME, PRECISIONS, Preprocessing, TensorSpec
 from edge_infer.sample_sources import RANDOM
 from edge_infer.search import PREFERENCES, Limit
@@ -101,7 +101,7 @@ def _check_data(request: Request) -> None:
     check_metric(request.metric)
     if request.precision in quantize.CALIBRATED and request.calibration is None:
         raise UsageError(f"--precision {request.precision} needs real samples; give them with --calibration FILE.npz")
-    if request.metric != AGREEMENT and request.evaluation is None:
+    if request.metric not in WITHOUT_LABELS and request.evaluation is None:
         raise UsageError(f"--metric {request.metric} needs labels; give samples with labels with --evaluate FILE.npz")
     if request.evaluation is not None and str(request.evaluation) == RANDOM:
         raise UsageError("--evaluate random would judge the model on noise; give real samples")

@@ -289,6 +289,17 @@ def test_agreement_of_values_is_signal_over_noise_about_the_mean() -> None:
     assert agreed(signal, np.full_like(signal, np.nan)).value == -agreement.MOST_DECIBELS
 
 
+def test_agreement_of_a_kind_that_the_user_names() -> None:
+    """A row of numbers may be scores of classes, or a box."""
+    boxes = RNG.standard_normal((4, 4)) * 100
+    assert judge.without_labels({"box": boxes})["box"].metric.name == "agreement-top1"
+    named = judge.without_labels({"box": boxes}, None, "agreement-sqnr-db")["box"]
+    named.add({"box": boxes}, {"box": boxes + np.array([0, 0, 0, 10])})
+    assert 10 < named.score().value < 40
+    with pytest.raises(UsageError, match=r"agreement-equal cannot be of output 'box', which holds classes; expected"):
+        judge.without_labels({"box": boxes}, "box", "agreement-equal")
+
+
 def test_agreement_is_one_accumulator_an_output_and_shapes_must_be_the_sources() -> None:
     first = {"scores": np.eye(4), "count": np.array([3, 1, 2, 2]), "mask": RNG.standard_normal((4, 5, 5))}
     accumulators = judge.without_labels(first)

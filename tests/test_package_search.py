@@ -84,6 +84,11 @@ class TestScores:
         assert "%" not in says and "the source has" not in says
         assert " dB allowed" in done.report.read_text("utf-8").replace("\u00a0", " ")
 
+    def test_an_agreement_may_be_named(self, models: Path, tmp_path: Path) -> None:
+        done = package(digits(tmp_path / "d.edge", metric="agreement-sqnr-db"))
+        assert {score.metric for score in done.bundle.manifest.scores} == {"agreement-sqnr-db"}
+        assert done.record["metric"]["unit"] == "dB"
+
     def test_samples_to_judge_by_must_be_new(self, models: Path, tmp_path: Path) -> None:
         given = digits(tmp_path / "d.edge", evaluation=MODELS / "calibration_nchw.npz")
         with pytest.raises(UsageError, match=r"of --evaluate are in --calibration too"):

@@ -73,7 +73,8 @@ def _add_data_options(group: Any) -> None:
     group.add_argument(
         "--metric",
         default="agreement",
-        help="top1, top5, mae, rmse, auc, module:callable; default: agreement with the source, which needs no labels",
+        help="top1, top5, mae, rmse, auc, module:callable; default: agreement with the source, which needs no labels "
+        "(by the kind of output agreement-top1, agreement-equal, agreement-sqnr-db; or name one)",
     )
     group.add_argument(
         "--scored", metavar="OUTPUT", help="the output that the metric is about, where there are several"

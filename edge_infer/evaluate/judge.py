@@ -14,13 +14,14 @@ from edge_infer.evaluate.cosine import CosineSimilarity
 from edge_infer.evaluate.histogram import ErrorHistogram
 from edge_infer.evaluate.loss import Loss, paired_loss, share
 from edge_infer.evaluate.metrics import METRICS
-from edge_infer.evaluate.score import Accumulator, Feed, Score
+from edge_infer.evaluate.score import Accumulator, Feed, Metric, Score
 from edge_infer.evaluate.user_metric import UserAccumulator
 from edge_infer.user_code import resolve
 
 Array = np.ndarray[Any, Any]
-#: The metric without labels.
+#: The metric without labels: by the kind of output. Asked for by its own name, one stands for every output.
 AGREEMENT = "agreement"
+WITHOUT_LABELS = (AGREEMENT, *(metric.name for metric in AGREEMENTS.values()))
 
 
 def with_labels(metric: str, outputs: Sequence[str], output: str | None = None) -> Accumulator:
@@ -39,8 +40,9 @@ def with_labels(metric: str, outputs: Sequence[str], output: str | None = None) 
 
 def check_metric(name: str) -> None:
     """Raise UsageError for what is no metric's name; a callable's is found out when it is imported."""
-    if name not in (*METRICS, AGREEMENT) and ":" not in name:
-        raise UsageError(f"there is no metric {name!r}, expected {', '.join(METRICS)}, {AGREEMENT}, or module:callable")
+    if name not in (*METRICS, *WITHOUT_LABELS) and ":" not in name:
+        known = ", ".join((*METRICS, *WITHOUT_LABELS))
+        raise UsageError(f"there is no metric {name!r}, expected {known}, or module:callable")
 
 
 def choose_output(outputs: Sequence[str], output: str | None) -> str:
@@ -54,13 +56,26 @@ def choose_output(outputs: Sequence[str], output: str | None) -> str:
     return output
 
 
-def without_labels(answers: Feed, output: str | None = None) -> dict[str, Accumulator]:
+def without_labels(answers: Feed, output: str | None = None, metric: str = AGREEMENT) -> dict[str, Accumulator]:
     """For each output (or the named one) an accumulator of its agreement; ``answers`` is a batch of the source's.
 
-    Raises UsageError for a name that the model does not have.
+    Raises UsageError for a name that the model does not have, and a metric that cannot be of such an output.
     """
     names = list(answers) if output is None else [choose_output(list(answers), output)]
-    return {name: Accumulator(AGREEMENTS[kind_of_output(np.asarray(answers[name]))], name) for name in names}
+    return {name: Accumulator(_agreement(metric, name, np.asarray(answers[name])), name) for name in names}
+
+
+def _agreement(metric: str, name: str, answer: Array) -> Metric:
+    kind = kind_of_output(answer)
+    if metric == AGREEMENT or AGREEMENTS[kind].name == metric:
+        return AGREEMENTS[kind]
+    # Scores of classes look as any row of numbers does, so they may be taken for what they are not.
+    if kind == "classes" and metric == AGREEMENTS["values"].name:
+        return AGREEMENTS["values"]
+    raise UsageError(
+        f"--metric {metric} cannot be of output {name!r}, which holds {kind}; expected {AGREEMENTS[kind].name}, or "
+        "another output named with --scored"
+    )
 
 
 class Judge:
@@ -95,8 +110,8 @@ class Judge:
         self._errors = {name: ErrorHistogram() for name in expected}
         floats = [name for name, answer in expected.items() if np.asarray(answer).dtype.kind == "f"]
         self._cosines = {name: CosineSimilarity() for name in floats}
-        if self.metric == AGREEMENT:
-            self._scores = without_labels(expected, self.scored)
+        if self.metric in WITHOUT_LABELS:
+            self._scores = without_labels(expected, self.scored, self.metric)
         else:
             self._scores = {"": with_labels(self.metric, sorted(expected), self.scored)}
             self._source = with_labels(self.metric, sorted(expected), self.scored)

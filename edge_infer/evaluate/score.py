@@ -24,8 +24,8 @@ Rows = Callable[[Array, Array], Array]
 class Score:
     """A figure with its 95 % interval over ``count`` samples.
 
-    ``kind``: "accuracy" (against labels), "error" (the less the better), "score" (a user's own) or "agreement" (with the
-    source's answers; says nothing about being right).
+    ``kind``: "accuracy" (against labels), "error" (the less the better), "score" (a user's own) or "agreement" (with
+    the source's answers; says nothing about being right).
     """
 
     name: str
