@@ -63,14 +63,16 @@ def _candidate_columns(record: Record, items: Sequence[Record]) -> list[_Column]
     add("Memory at peak", "peak_bytes", units.size, "private_bytes", "private")
     add("Load time", "load_ms", units.duration)
     add("Latency", "p50_ms", units.duration, "p95_ms", "p95")
-    for key, title in (("search", "Score, search"), ("holdout", "Score, held out")):
+
+    def add_score(title: str, key: str, lost: str | None = None) -> None:
         answers = [item[key] for item in items if item.get(key)]
         counts = {answer.get("count") for answer in answers}
         if answers:
             on = f" ({units.count(counts.pop(), 'sample')})" if len(counts) == 1 and counts != {None} else ""
-            columns.append((title + on, True, lambda item, key=key, on=on: _score_cell(item.get(key), metric, not on)))  # type: ignore[misc]
-    if any(units.loss(item.get("loss")) for item in items):
-        columns.append(("Loss against the source", True, _loss_cell))
+            columns.append((title + on, True, lambda item: _score_cell(item, key, metric, not on, lost)))
+
+    add_score("Score, search", "search")
+    add_score("Score, held out", "holdout", "loss")
     if any(units.is_number(item.get("sparsity")) and item["sparsity"] > 0 for item in items):
         columns.append(("Weights zero", True, lambda item: (units.share(item.get("sparsity")), item.get("sparsity"))))
     return columns
@@ -111,18 +113,15 @@ def _figure_cell(item: Record, key: str, show: Callable[[Any], str], second: str
     return [show(value), small], value if units.is_number(value) else None
 
 
-def _score_cell(answer: Record | None, metric: Record, counted: bool) -> _Cell:
-    answer = answer or {}
+def _score_cell(item: Record, key: str, metric: Record, counted: bool, lost: str | None) -> _Cell:
+    """A score with its interval and, where it is the field ``lost``, what it is less than the source's."""
+    answer = item.get(key) or {}
     value = answer.get("value")
     on = units.count(answer["count"], "sample") if counted and units.is_number(answer.get("count")) else ""
-    smalls = [element("small", part) for part in (units.interval(answer, metric), on) if part]
+    less = units.loss(item.get(lost)) if lost else ""
+    parts = (units.interval(answer, metric), on, f"loss {less}" if less else "")
+    smalls = [element("small", part) for part in parts if part]
     return [units.score(value, metric), smalls], value if units.is_number(value) else None
-
-
-def _loss_cell(item: Record) -> _Cell:
-    lost = item.get("loss") or {}
-    value, of = lost.get("value"), units.loss_interval(lost)
-    return [units.share(value), element("small", of) if of else None], value if units.is_number(value) else None
 
 
 def _kept(kept: Record) -> Markup:
