@@ -73,14 +73,18 @@ def read_plain_file(path: Path, most: int) -> bytes:
 
 def check_listing(path: Path, manifest: Manifest) -> None:
     """Raise BundleError unless the folder holds exactly the manifest's files, plain and of the right length."""
-    found = {entry.name: entry for entry in os.scandir(path)}
+    try:  # a store may collect the release while this looks at it
+        with os.scandir(path) as entries:
+            found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    except OSError as error:
+        raise BundleError(f"{path} cannot be listed: {error.strerror}; package or push the model again") from None
     found.pop(MANIFEST_NAME, None)
     for name in sorted(found.keys() - manifest.files.keys()):
         raise BundleError(f"{path} holds {name!r}, which its manifest does not list; remove it or package again")
     for name, entry in sorted(manifest.files.items()):
         if name not in found:
             raise BundleError(f"{path} lacks {name!r}, which its manifest lists; package or push the model again")
-        info = found[name].stat(follow_symlinks=False)
+        info = found[name]
         if not stat.S_ISREG(info.st_mode):
             raise BundleError(f"{path / name} is not a plain file; links and devices are refused")
         if info.st_size != entry.size:

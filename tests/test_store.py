@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from handmade import FILES, make_bundle
 
+from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import BundleError, DeviceError, ReleaseNotFound, UsageError
-from edge_infer.manifest import MANIFEST_NAME
+from edge_infer.manifest import MANIFEST_NAME, Manifest
 from edge_infer.store import Store, default_root, is_model_name, store_of
 
 Make = Callable[..., Bundle]
@@ -414,6 +415,24 @@ def test_a_reader_never_sees_a_store_without_its_model(store: Store, make: Make)
             push(store, make(number))
         assert int(child.stdout.read()) >= 1
     assert child.returncode == 0
+
+
+def test_a_release_collected_while_it_is_opened_is_looked_for_again(
+    store: Store, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading the manifest and listing the folder, the moment at which readers were once lost."""
+    push(store, make(0))
+    plain = bundles.check_listing
+
+    def late(path: Path, manifest: Manifest) -> None:
+        monkeypatch.setattr(bundles, "check_listing", plain)
+        for number in (1, 2, 3):
+            push(store, make(number))
+        assert not path.exists()
+        plain(path, manifest)
+
+    monkeypatch.setattr(bundles, "check_listing", late)
+    assert store.open_current("tiny").manifest.version == "3"
 
 
 # -- power cuts --------------------------------------------------------------------------------------------------
