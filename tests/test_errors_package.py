@@ -145,6 +145,19 @@ def exported(bench: Bench, function: Callable[[torch.Tensor], object]) -> Path:
     return path
 
 
+def of_any_batch(bench: Bench) -> Path:
+    """A program that makes a tensor as large as its input, which a trace makes as large as the example."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.ones([x.shape[0], 4])
+
+    path = bench.folder / "any_batch.pt2"
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(Net(), (torch.rand(3, 4),), dynamic_shapes=batch), path)
+    return path
+
+
 class Bessel(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
@@ -245,6 +258,11 @@ OPERATORS: Table = {
         lambda b: [scripted(b, Bessel()), "--input", "x=float32:?", "--format", "onnx"],
         EXIT_CONVERSION,
         ("operator aten::special_bessel_j0 has no ONNX form",),
+    ),
+    "exported program whose trace is wrong": (
+        lambda b: [of_any_batch(b), "--format", "torchscript"],
+        EXIT_CONVERSION,
+        ("torch.jit.trace loses (", "an exported program has no code to script"),
     ),
     "complex output": (
         lambda b: [exported(b, torch.fft.fft), "--format", "torchscript"],

@@ -19,7 +19,7 @@ from route_steps import TORCH_MODELS, Json, specs, worst
 from safetensors.torch import save_file, save_model
 
 from edge_infer import probe, worker
-from edge_infer.convert import source, tflite_files, torch_source
+from edge_infer.convert import source, tflite_files, torch_source, torch_to_onnx
 from edge_infer.errors import ConversionError, UsageError
 
 #: Relative to the largest value of an output, over all probe inputs in all their sizes.
@@ -349,3 +349,15 @@ def test_telling_sources_apart_needs_no_framework() -> None:
     frameworks = ("torch", "tensorflow", "safetensors", "onnx", "ai_edge_litert")
     done = subprocess.run([sys.executable, "-c", code % (frameworks,)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_scripted_code_of_unknown_rank_is_explained_by_operator_and_layer() -> None:
+    """The exporter's own words for a scripted transformer, shortened; the layer stands in the last path of modules."""
+    words = (
+        "Unsupported: ONNX export of transpose for tensor of unknown rank.  [Caused by the value '94 defined in (%94 : "
+        "Float = onnx::Unsqueeze(%92, %93), scope: edge_infer.convert.torch_source.FlatOutputs::/nets.Words::module/"
+        "torch.nn.modules.transformer.TransformerEncoder::encoder/torch.nn.modules.activation.MultiheadAttention::attn\n)'"
+    )
+    said = str(torch_to_onnx.explain(ValueError(words)))
+    assert said.startswith("the operator transpose in layer encoder.attn has another ONNX form for each number of dim")
+    assert said.endswith("package the network itself, or use --format torchscript")

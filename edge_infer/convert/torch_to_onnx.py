@@ -93,6 +93,15 @@ def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operat
             "what the model computes depends on its values (an if or a loop), which torch.onnx cannot follow; "
             "use torch.where or torch.cond in the model, or package torch.jit.script(model)"
         )
+    unknown = re.search(r"ONNX export of (\w+) for tensor of unknown rank(?:.*?scope: ([^\s,\]]+))?", text, re.DOTALL)
+    if unknown:
+        # The path of modules, each as class::name.
+        names = [part.rpartition("::")[2] for part in (unknown[2] or "").split("/")][2:]
+        where = f" in layer {'.'.join(names)}" if names else ""
+        return ConversionError(
+            f"the operator {unknown[1]}{where} has another ONNX form for each number of dimensions, and scripted "
+            "code does not say how many there are; package the network itself, or use --format torchscript"
+        )
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or ["no reason given"]
     reason = f"{type(chain[-1]).__name__}: {' '.join(lines[:2])[:400]}"
     return ConversionError(

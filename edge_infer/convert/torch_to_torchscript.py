@@ -65,6 +65,11 @@ def _trace(model: TorchModel, feeds: list[probe.Feed], module: Any = None) -> An
 
 def _script(model: TorchModel, feeds: list[probe.Feed], wrong: str) -> Any:
     """The model's own code compiled, with positional inputs and a flat tuple around it by tracing."""
+    if model.exported is not None:
+        raise ConversionError(
+            f"what the model computes depends on its inputs in a way that torch.jit.trace loses ({wrong}), and an "
+            "exported program has no code to script; package the network itself, or use --format onnx"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
