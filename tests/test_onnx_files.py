@@ -16,7 +16,7 @@ from onnx.external_data_helper import set_external_data
 from edge_infer.bundle import Bundle
 from edge_infer.convert import onnx_graphs
 from edge_infer.errors import BundleError
-from edge_infer.runtime.onnx_files import MAX_DEPTH, external_locations
+from edge_infer.runtime.onnx_files import MAX_DEPTH, external_locations, locations_of
 
 
 def tensor(name: str, location: str | None = None) -> Any:
@@ -146,6 +146,14 @@ def test_what_onnx_itself_writes_is_found(tmp_path: Path) -> None:
         item.CopyFrom(helper.make_tensor(item.name, TensorProto.FLOAT, [2], np.ones(2, np.float32).tobytes(), raw=True))
     onnx.save_model(made, tmp_path / "m.onnx", save_as_external_data=True, location="all.bin", size_threshold=0)
     assert external_locations((tmp_path / "m.onnx").read_bytes()) == {"all.bin"}
+
+
+def test_a_file_is_looked_through_like_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(initializers().SerializeToString())
+    assert locations_of(path) == {"a.bin", "b.bin"}
+    path.write_bytes(b"")
+    assert locations_of(path) == set()
 
 
 @pytest.mark.parametrize("location", ["", "../x", "/etc/passwd", "ä/ö", "*/_ORT_MEM_ADDR_/*", "a\0b", "x" * 1000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxslim
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
 
 from edge_infer.convert import ask_source, override, spec_from_json
 from edge_infer.convert.onnx_graphs import save
 from edge_infer.errors import BundleError, ConversionError, UsageError
 from edge_infer.manifest import DTYPES, TensorSpec
-from edge_infer.runtime.onnx_files import external_locations
+from edge_infer.quantize.onnx_graph import byte_count, graphs
+from edge_infer.runtime.onnx_files import locations_of
+
+#: onnxslim lets equal tensors of less than 1000 elements be one; larger ones it need not see.
+COMPARED_BYTES = 16 * 1000
 
 
 def read(request: dict[str, Any]) -> dict[str, Any]:
@@ -32,25 +39,35 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     folder = Path(request["out"])
     source = folder / "source.onnx"
     save(model, source)
-    onnx.load_external_data_for_model(model, str(folder))
-    session = _open(path, source)
+    del model  # its memory: the file has all of it
+    answer = _ask(path, source, request, inputs, names)
+    save(slim(source), folder / "model.onnx")
+    tools = {"onnx": onnx.__version__, "onnxslim": onnxslim.__version__, "onnxruntime": onnxruntime.__version__}
+    return {**answer, "details": {"model": str(folder / "model.onnx")}, "tools": tools}
+
+
+def _ask(
+    path: Path, model: Path, request: dict[str, Any], inputs: list[TensorSpec], names: list[str]
+) -> dict[str, Any]:
+    """The engine and its copy of the weights are gone when this ends."""
+    session = _open(path, model)
 
     def run(feed: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         return dict(zip(names, session.run(names, feed), strict=True))
 
-    answer = ask_source(request, inputs, run)
-    save(slim(model), folder / "model.onnx")
-    tools = {"onnx": onnx.__version__, "onnxslim": onnxslim.__version__, "onnxruntime": onnxruntime.__version__}
-    return {**answer, "details": {"model": str(folder / "model.onnx")}, "tools": tools}
+    return ask_source(request, inputs, run)
 
 
 def load(path: Path) -> onnx.ModelProto:
     """Read a model and the weights beside it. Raises ConversionError for what is damaged or points elsewhere."""
     try:
-        locations = external_locations(path.read_bytes())
+        locations = locations_of(path)
         _check_locations(path, locations)
+        if not locations:  # before the model is in memory here: the checker reads it once more
+            onnx.checker.check_model(str(path))
         model = onnx.load(path)
-        onnx.checker.check_model(model if locations else str(path))
+        if locations:
+            onnx.checker.check_model(model)
     except BundleError as error:
         raise ConversionError(f"{path}: {error}") from None
     except (ConversionError, UsageError):
@@ -78,15 +95,48 @@ def _check_locations(path: Path, locations: set[str]) -> None:
             raise UsageError(f"{path} keeps weights in {location!r}, which is not beside it; copy that file too")
 
 
-def slim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants folded, dead and doubled nodes gone. Parity with the source is checked on the result."""
+def slim(path: Path) -> onnx.ModelProto:
+    """Constants folded, dead and doubled nodes gone. Parity with the source is checked on the result.
+
+    onnxslim copies the model several times over, so the larger weights stay in their file meanwhile. It reads those
+    that it folds from there, by their path relative to the working folder.
+    """
+    model = onnx.load(path, load_external_data=False)
+    _share_places(model, path.with_name(f"{path.name}.data"))
+    for tensor in _initializers(model):
+        if byte_count(tensor) < COMPARED_BYTES and uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(path.parent))
     try:
-        slimmed: onnx.ModelProto = onnxslim.slim(model)
+        with contextlib.chdir(path.parent):
+            slimmed: onnx.ModelProto = onnxslim.slim(model)
     except Exception as error:
         raise ConversionError(
             f"onnxslim cannot simplify the model: {str(error).strip().splitlines()[0][:300]}"
         ) from error
+    for tensor in _initializers(slimmed):
+        if not tensor.external_data:  # what was folded keeps the mark of what it was made from
+            tensor.ClearField("data_location")
+    onnx.load_external_data_for_model(slimmed, str(path.parent))
     return slimmed
+
+
+def _initializers(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Those of branches and loops too."""
+    return [tensor for graph in graphs(model.graph) for tensor in graph.initializer]
+
+
+def _share_places(model: onnx.ModelProto, weights: Path) -> None:
+    """Let equal weights point to one place in their file: by that onnxslim knows nodes that compute the same."""
+    data: Any = np.memmap(weights, np.uint8, "r") if weights.is_file() else b""
+    first: dict[bytes, onnx.TensorProto] = {}
+    for tensor in filter(uses_external_data, _initializers(model)):
+        place = ExternalDataInfo(tensor)
+        start = place.offset or 0
+        digest = hashlib.sha256(data[start : start + (place.length or 0)]).digest()
+        if digest in first:
+            del tensor.external_data[:]
+            tensor.external_data.extend(first[digest].external_data)
+        first.setdefault(digest, tensor)
 
 
 def _open(path: Path, model: Path) -> onnxruntime.InferenceSession:

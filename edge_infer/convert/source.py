@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edge_infer.bundle import hash_file
 from edge_infer.errors import BundleError, ConversionError, UsageError
-from edge_infer.runtime.onnx_files import external_locations
+from edge_infer.runtime.onnx_files import locations_of
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 TFLITE_MAGIC = b"TFL3"
@@ -132,6 +132,6 @@ def _files(path: Path) -> list[Path]:
     beside: set[str] = set()
     if path.suffix == ".onnx" or _looks_like_onnx(_head(path)):
         with contextlib.suppress(BundleError):  # damaged: the converter says how
-            beside = external_locations(path.read_bytes())
+            beside = locations_of(path)
     found = [path.parent / name for name in sorted(beside)]
     return [path.resolve(), *(file for file in found if file.is_file() and not file.is_symlink())]

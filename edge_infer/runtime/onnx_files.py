@@ -8,7 +8,10 @@ https://protobuf.dev/programming-guides/encoding/ and https://github.com/onnx/on
 
 from __future__ import annotations
 
+import io
+import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 from edge_infer.errors import BundleError
 
@@ -27,7 +30,14 @@ CHILDREN: dict[str, dict[int, str]] = {
 }
 
 
-def external_locations(model: bytes) -> set[str]:
+def locations_of(path: Path) -> set[str]:
+    """``external_locations`` of a file, which is mapped: most of it may be weights, and those are passed over."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        return external_locations(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b"")
+
+
+def external_locations(model: bytes | mmap.mmap) -> set[str]:
     """The ``location`` of every external tensor in a serialized ONNX ModelProto. Raises BundleError."""
     found: set[str] = set()
     _walk(memoryview(model), "Model", found, 0)
