@@ -19,6 +19,9 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     start = request["from"]
     folder = start.get("unrolled") or start["saved_model"]
     converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[start["signature"]])
+    # Each of these would unpack the whole model in Python and pack it anew, for what `tflite_files` does or drops.
+    converter.exclude_conversion_metadata = True
+    converter._experimental_use_buffer_offset = True
     try:
         content: bytes = converter.convert()
     except Exception as error:  # ConverterError and whatever else TensorFlow raises
