@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -32,7 +33,10 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     inputs = [spec_from_json(row) for row in request["inputs"]]
     outputs = [spec_from_json(row) for row in request["outputs"]]
     feeds = onnx_graphs.of_each_shape(probe.load_feeds(Path(request["feeds"])))
-    module = _module(_ordered(onnx.load(request["from"]["model"]), inputs, outputs))
+    source = Path(request["from"]["model"])
+    # The weights beside the model are mapped, where the converter would hold several copies of them.
+    structure = onnx.load(source, load_external_data=False)
+    module = _module(_ordered(structure, inputs, outputs), source.parent)
     # The largest: a size of 1 hides what is stretched.
     example = max(feeds, key=lambda feed: sum(array.size for array in feed.values()))
     traced = _trace(module, _tensors(inputs, example))
@@ -80,17 +84,21 @@ def _rename_weights(graph: onnx.GraphProto) -> None:
         item.name = new.get(item.name, item.name)
 
 
-def _module(model: onnx.ModelProto) -> torch.fx.GraphModule:
-    """The graph as a module that gives a tuple, its weights as parameters."""
+def _module(model: onnx.ModelProto, folder: Path) -> torch.fx.GraphModule:
+    """The graph as a module that gives a tuple, its weights as parameters. ``folder`` holds its external data."""
     if find_spec(CONVERTER) is None:
         sys.path.append(str(environments.library_of(CONVERTER)))
     import onnx2fx
+    from onnx2fx.utils import external_data
 
     from edge_infer.convert import onnx2fx_operators
 
+    # It looks for a table that onnx has no more.
+    numpy_types = {kind: onnx.helper.tensor_dtype_to_np_dtype(kind) for kind in external_data.DTYPE_MAP}
+    external_data.onnx_mapping = SimpleNamespace(TENSOR_TYPE_TO_NP_TYPE=numpy_types)
     onnx2fx_operators.register(next((item.version for item in model.opset_import if not item.domain), 1))
     try:
-        module: torch.fx.GraphModule = onnx2fx.convert(model)
+        module: torch.fx.GraphModule = onnx2fx.convert(model, base_dir=str(folder), memmap_external_data=True)
     except onnx2fx.UnsupportedOpError as error:
         layers = [onnx_graphs.layer(node) for node in model.graph.node if node.op_type == error.op_type]
         raise ConversionError(
