@@ -39,12 +39,13 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     inputs = [spec_from_json(row) for row in request["inputs"]]
     outputs = [spec_from_json(row) for row in request["outputs"]]
     source = Path(request["from"]["model"])
-    model = onnx.load(str(source))
+    # To speak of its layers; its weights are let go once they are written, the converter takes memory enough.
+    model = onnx.load(str(source), load_external_data=False)
     ask = {INPUT.format(number): spec for number, spec in enumerate(inputs)}
     tell = {OUTPUT.format(number): spec for number, spec in enumerate(outputs)}
     feeds = probe.load_feeds(Path(request["feeds"]))
     prepared = work / "prepared.onnx"
-    _save(_with_plain_names(model, ask, tell), prepared)
+    _save(_with_plain_names(onnx.load(str(source)), ask, tell), prepared)
     job = {"model": str(prepared), "out": str(work / CONVERTER), "inputs": list(ask)}
     answer = _run(model, inputs, feeds[0], job)
     made = tflite_files.read(Path(answer["model"]))
@@ -67,10 +68,8 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 def _with_plain_names(
     model: onnx.ModelProto, inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec]
 ) -> onnx.ModelProto:
-    """A copy whose inputs and outputs have names that onnx2tf leaves alone, and the contract's shapes."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
+    """The model, its inputs and outputs under names that onnx2tf leaves alone, and with the contract's shapes."""
+    graph = model.graph
     _take_apart_by_gather(graph)
     given = {spec.name: name for name, spec in inputs.items()}
     _rename(graph, given)
@@ -86,7 +85,7 @@ def _with_plain_names(
     del graph.input[:], graph.output[:]
     graph.input.extend(_value(name, spec) for name, spec in inputs.items())
     graph.output.extend(_value(name, spec) for name, spec in outputs.items())
-    return copy
+    return model
 
 
 def _origin(graph: onnx.GraphProto, name: str) -> str:
@@ -124,7 +123,8 @@ def _take_apart_by_gather(graph: onnx.GraphProto) -> None:
 
     Of slices with a dynamic dimension onnx2tf loses the shape, and the model then runs in one size only.
     """
-    known = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    numbers = (item for item in graph.initializer if item.data_type == onnx.TensorProto.INT64)
+    known = {item.name: onnx.numpy_helper.to_array(item) for item in numbers}
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in onnx_graphs.nodes(graph):
         for name in node.input:
