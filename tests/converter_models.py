@@ -195,6 +195,17 @@ def handed_through(path: Path) -> Path:
     return save(path, nodes, [value("x", TensorProto.FLOAT, ["n", 4])], outputs, weights, opset=18)
 
 
+def last_step(path: Path) -> Path:
+    """The last of any number of steps, by an index of -1."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["each"]),
+        helper.make_node("Gather", ["each", "last"], ["y"], axis=1),
+    ]
+    weights = [weight("w", 4, 4, seed=1), numpy_helper.from_array(np.array(-1, np.int64), "last")]
+    x, y = value("x", TensorProto.FLOAT, ["n", "steps", 4]), value("y", TensorProto.FLOAT, ["n", 4])
+    return save(path, nodes, [x], [y], weights, opset=18)
+
+
 def without_form(path: Path) -> Path:
     """An operator that no converter knows."""
     nodes = [helper.make_node("Mystery", ["x"], ["y"], domain="example.com", name="/odd/Mystery")]

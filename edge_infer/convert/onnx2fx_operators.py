@@ -196,6 +196,19 @@ def tile(before: Handler) -> Handler:
     return handle
 
 
+def gather(before: Handler) -> Handler:
+    """One element along an axis; it may be counted from the end."""
+
+    def handle(builder: Builder, node: onnx.NodeProto) -> Node:
+        index = constant(builder, node.input[1])
+        if index is None or index.dim():
+            return before(builder, node)
+        args = (builder.get_value(node.input[0]), attribute(node, "axis", 0), int(index))
+        return builder.call_function(torch.select, args=args)
+
+    return handle
+
+
 def _scaled(x: Tensor, scales: list[float], mode: str, align_corners: bool | None) -> Tensor:
     return torch.nn.functional.interpolate(x, scale_factor=scales, mode=mode, align_corners=align_corners)
 
@@ -361,6 +374,7 @@ HANDLERS: dict[str, Callable[[Handler], Handler]] = {
     "Clip": clip,
     "ConstantOfShape": constant_of_shape,
     "Expand": expand,
+    "Gather": gather,
     "GRU": _recurrent("GRU", GRU_GATES),
     "Gemm": gemm,
     "LSTM": _recurrent("LSTM", LSTM_GATES),
