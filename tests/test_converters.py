@@ -372,7 +372,13 @@ class Made:
             answer = worker.run(f"{step}:convert", request, work.parent / "log")
         else:
             answer = json.loads(json.dumps(importlib.import_module(step).convert(request)))
-        self.details, self.tools = answer["details"], answer["tools"]
+        self.details, self.tools, self.request = answer["details"], answer["tools"], request
+
+    def on_to_tflite(self) -> None:
+        """The TorchScript that was made takes one step more."""
+        request = {**self.request, "from": self.details}
+        answer = importlib.import_module("edge_infer.convert.torchscript_to_tflite").convert(request)
+        self.details = json.loads(json.dumps(answer))["details"]
 
     def tflite(self) -> list[probe.Feed]:
         from ai_edge_litert.interpreter import Interpreter
@@ -437,6 +443,20 @@ def test_onnx_to_torchscript_keeps_the_contract(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("real")
+@pytest.mark.parametrize("name", ["attention_any_length", "gru_any_batch", "two_in_two_out"])
+def test_dynamic_sizes_reach_tflite_through_torchscript(name: str, tmp_path: Path) -> None:
+    made = route("torchscript", name, tmp_path)
+    made.on_to_tflite()
+    made.check(made.tflite())
+
+
+@pytest.mark.usefixtures("real")
+def test_an_element_counted_from_the_end(tmp_path: Path) -> None:
+    made = Made("torchscript", converter_models.last_step(tmp_path / "model.onnx"), tmp_path / "work")
+    made.check(made.torchscript())
+
+
+@pytest.mark.usefixtures("real")
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_a_recurrent_node_that_names_its_first_output_alone(name: str, tmp_path: Path) -> None:
     """As torch's newer exporter writes it."""
@@ -498,7 +518,7 @@ def test_onnx_to_torchscript_names_an_operator_it_does_not_know(tmp_path: Path) 
 
     model = onnx.load(converter_models.without_form(tmp_path / "model.onnx"))
     with pytest.raises(ConversionError, match=r"no operator Mystery \(layer /odd/Mystery\)"):
-        onnx_to_torchscript._module(model)
+        onnx_to_torchscript._module(model, tmp_path)
 
 
 @pytest.mark.usefixtures("real")

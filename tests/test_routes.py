@@ -28,6 +28,7 @@ TOLERANCE = 1e-5
 TOKENS = specs(("tokens", "int64", (None, None)), ("features", "float32", (None, 4)))
 IMAGE = specs(("image", "float32", (None, 1, 8, 8)))
 IDS = specs(("ids", "int64", (None, None)))
+FOUR_IDS = specs(("ids", "int64", (None, 4)))
 STEPS = specs(("x", "float32", (None, None, 3)))
 FOUR_STEPS = specs(("x", "float32", (None, 4, 3)))
 ROWS = specs(("x", "float32", (None, 4)))
@@ -56,7 +57,9 @@ TFLITE_CASES: dict[str, tuple[str, str, list[Json], str]] = {
     "scalar and mask": ("GainAndMask", "state", GAIN, ""),
     "four steps": ("Recurrent", "state", FOUR_STEPS, ""),
     "scripted": ("GainAndMask", "script", GAIN, ""),
+    "traced attention": ("Encoder", "trace", FOUR_IDS, ""),
     "exported": ("GainAndMask", "export", GAIN, ""),
+    "traced attention of any length": ("Encoder", "trace", IDS, "axis 1 of input 'ids'.*--input"),
     "any number of steps": ("Recurrent", "state", STEPS, "--input x=float32:?,64,3"),
     "loop": ("Halving", "state", ROWS, "depends on its values"),
     "unknown": ("Bessel", "state", ROWS, "bessel_j0"),
@@ -80,6 +83,9 @@ def saved(folder: Path, name: str, how: str, inputs: list[Json]) -> Json:
     args = tuple(
         torch.ones(shape, dtype=getattr(torch, row["dtype"])) for shape, row in zip(shapes, inputs, strict=True)
     )
+    if how == "trace":
+        torch.jit.trace(model, args, check_trace=False).save(str(path))
+        return {"file": str(path), "kind": "torchscript", "inputs": inputs}
     dynamic = [{n: torch.export.Dim.DYNAMIC for n, size in enumerate(row["shape"]) if size is None} for row in inputs]
     torch.export.save(torch.export.export(model, args, dynamic_shapes=tuple(dynamic)), path)
     return {"file": str(path), "kind": "torch-export", "inputs": []}

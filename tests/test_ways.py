@@ -25,7 +25,7 @@ def test_every_kind_of_source_has_a_way_to_every_format(kind: str) -> None:
         ("saved-model", "onnx", ["saved-model -> onnx", "saved-model -> tflite -> onnx"]),
         ("saved-model", "torchscript", ["saved-model -> onnx -> torchscript"]),
         ("onnx", "onnx", ["onnx"]),
-        ("onnx", "tflite", ["onnx -> tflite"]),
+        ("onnx", "tflite", ["onnx -> tflite", "onnx -> torchscript -> tflite"]),
         ("tflite", "torchscript", ["tflite -> onnx -> torchscript"]),
     ],
 )

@@ -37,6 +37,7 @@ STEPS = {
     ("torch", "torchscript"): ("edge_infer.convert.torch_to_torchscript",),
     ("onnx", "tflite"): ("edge_infer.convert.onnx_to_tflite",),
     ("onnx", "torchscript"): ("edge_infer.convert.onnx_to_torchscript",),
+    ("torchscript", "tflite"): ("edge_infer.convert.torchscript_to_tflite",),
     ("tflite", "onnx"): ("edge_infer.convert.tflite_to_onnx",),
 }
 #: Longer ways add nothing but rounding and time.

@@ -11,6 +11,7 @@ https://ai.google.dev/edge/api/tflite/java/org/tensorflow/lite/InterpreterApi#re
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,37 @@ def generalize(models: Sequence[Any], words: Sequence[str], bounded: Sequence[bo
     return _Generalizer(models, words, bounded).run()
 
 
+def _number_by_use(model: Any) -> None:
+    """Number tensors in the order in which operators use them, a constant anew each time.
+
+    Converters make one tensor of equal constants, and shapes are equal by chance at one size and not at another.
+    """
+    graph, old = model.subgraphs[0], model.subgraphs[0].tensors
+    new = [old[index] for index in graph.inputs]
+    number = {int(index): place for place, index in enumerate(graph.inputs)}
+    for operator in graph.operators:
+        inputs = [int(index) for index in operator.inputs]
+        for place, index in enumerate(inputs):
+            if index >= 0 and index not in number:
+                new.append(copy.copy(old[index]))
+                inputs[place] = len(new) - 1
+            elif index >= 0:
+                inputs[place] = number[index]
+        operator.inputs = inputs
+        number.update({int(index): len(new) + place for place, index in enumerate(operator.outputs)})
+        new += [old[index] for index in operator.outputs]
+        operator.outputs = [number[int(index)] for index in operator.outputs]
+    entries = [entry for signature in model.signatureDefs or [] for entry in (*signature.inputs, *signature.outputs)]
+    loose = {int(index) for index in (*graph.outputs, *(entry.tensorIndex for entry in entries))} - set(number)
+    for index in sorted(loose):
+        number[index] = len(new)  # a constant that is an output, an input that nothing uses
+        new.append(old[index])
+    graph.inputs, graph.outputs = ([number[int(index)] for index in items] for items in (graph.inputs, graph.outputs))
+    for entry in entries:
+        entry.tensorIndex = number[int(entry.tensorIndex)]
+    graph.tensors = new
+
+
 @dataclass(frozen=True)
 class _Term:
     """``factor * dimension * ... + offset`` for the dimensions ``axes`` of ``tensors``."""
@@ -66,6 +98,9 @@ class _Generalizer:
     def __init__(self, models: Sequence[Any], words: Sequence[str], bounded: Sequence[bool]) -> None:
         self.models, self.words, self.bounded = models, words, bounded
         self.model = models[0]
+        if len({len(model.subgraphs[0].tensors) for model in models}) > 1:
+            for model in models:
+                _number_by_use(model)
         self._check_same_graphs()
         self.graph = self.model.subgraphs[0]
         self.tensors = [list(rows) for rows in zip(*(model.subgraphs[0].tensors for model in models), strict=True)]

@@ -108,7 +108,7 @@ def load(request: dict[str, Any]) -> TorchModel:
     if kind == "torch-safetensors":
         module = _load_safetensors(path, request["factory"])
     else:
-        module = _load_script(path) if kind == "torchscript" else _load_pickle(path, request)
+        module = load_script(path) if kind == "torchscript" else _load_pickle(path, request)
     module.eval()
     inputs = _named_inputs(module, given)
     names = [spec.name for spec in inputs]
@@ -119,7 +119,7 @@ def load(request: dict[str, Any]) -> TorchModel:
     return TorchModel(module, inputs, arrange, scripted=kind == "torchscript")
 
 
-def _load_script(path: Path) -> torch.nn.Module:
+def load_script(path: Path) -> torch.nn.Module:
     try:
         module: torch.nn.Module = torch.jit.load(str(path), map_location="cpu")
     except LOAD_ERRORS as error:

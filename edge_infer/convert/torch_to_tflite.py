@@ -19,10 +19,9 @@ os.environ.setdefault("LITERT_TORCH_SHOW_PROGRESS", "n")  # before the import, w
 
 import litert_torch
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from torch._export.converter import TS2EPConverter
 
 from edge_infer import probe
-from edge_infer.convert import spec_from_json, tflite_dynamic, tflite_files, torch_source
+from edge_infer.convert import spec_from_json, tflite_dynamic, tflite_files, torch_source, torchscript_program
 from edge_infer.convert.torch_source import TorchModel, causes
 from edge_infer.errors import ConversionError, EdgeInferError
 from edge_infer.manifest import TensorSpec
@@ -44,7 +43,10 @@ class Size:
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
-    model = torch_source.load(request["from"])
+    return convert_model(torch_source.load(request["from"]), request)
+
+
+def convert_model(model: TorchModel, request: dict[str, Any]) -> dict[str, Any]:
     feeds = probe.load_feeds(Path(request["feeds"]))
     outputs = [spec_from_json(row) for row in request["outputs"]]
     found = sizes(model, feeds)
@@ -171,7 +173,7 @@ def _convert_at(model: TorchModel, found: Sequence[Size], other: Size | None, pa
     )
     args = _at(model, base, found, other)
     try:
-        module = _program(model, args).module() if model.scripted else model.tuple_module()
+        module = torchscript_program.program(model.module, args).module() if model.scripted else model.tuple_module()
         # Without 64-bit types, integer inputs and outputs would silently become int32.
         litert_torch.convert(module, args, enable_x64=True).export(str(path))
     except EdgeInferError:
@@ -179,13 +181,6 @@ def _convert_at(model: TorchModel, found: Sequence[Size], other: Size | None, pa
     except Exception as error:  # the exporter's, the lowerings' and MLIR's own kinds
         raise explain(model, args, error) from error
     return path
-
-
-def _program(model: TorchModel, args: tuple[torch.Tensor, ...]) -> Any:
-    """TorchScript as an exported program of a flat tuple."""
-    program = TS2EPConverter(model.module, args).convert().module()
-    flat = torch_source.FlatOutputs(program, lambda tensors: (tensors, {}))
-    return torch.export.export(flat, args)
 
 
 def _rename(model: Any, inputs: list[str], outputs: list[str]) -> None:
