@@ -12,6 +12,7 @@ or the sentence with which the packager refuses. No cell is written by hand.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from zoo_models import ARCHITECTURES
 
 from edge_infer import convert, steps
 from edge_infer.cli.options import parse_input
@@ -36,6 +39,21 @@ from edge_infer.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "zoo"
+
+
+def make_models(folder: Path, architectures: list[str], small: bool) -> None:
+    """Make those that are missing, or were made by other code or in another size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = b"".join(path.read_bytes() for path in sorted((ROOT / "scripts").glob("zoo_*.py")))
+    stamp = hashlib.sha256(code + bytes([small])).hexdigest()
+    path = folder / "made.json"
+    made = json.loads(path.read_text()) if path.exists() else {}
+    for name in architectures:
+        if made.get(name) != stamp:
+            command = [sys.executable, str(ROOT / "scripts" / "zoo_models.py"), "--out", str(folder), "--only", name]
+            subprocess.run([*command, *(["--small"] if small else [])], check=True)
+            made[name] = stamp
+            path.write_text(json.dumps(made))
 
 
 def cells(models: Path, rows: list[dict[str, Any]], target: TargetProfile, log: Path) -> Iterator[dict[str, Any]]:
@@ -124,9 +142,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small inputs, for a quick look")
     parser.add_argument("--docs", action="store_true", help="write docs/zoo.md and docs/zoo.json")
     args = parser.parse_args()
-    only = [word for name in args.only for word in ("--only", name)]
-    command = [sys.executable, str(ROOT / "scripts" / "zoo_models.py"), "--out", str(args.models), *only]
-    subprocess.run([*command, *(["--small"] if args.small else [])], check=True)
+    make_models(args.models, args.only or list(ARCHITECTURES), args.small)
     rows = json.loads((args.models / "index.json").read_text())
     rows = [row for row in rows if not args.only or row["architecture"] in args.only]
     steps.cache_root().mkdir(parents=True, exist_ok=True)
