@@ -105,5 +105,9 @@ class ParityError(ConversionError):
     """A converted model computes something else than its source."""
 
 
+class NotApplicable(ConversionError):
+    """A way that is for another kind of source; it says nothing about the model."""
+
+
 class ConverterMissing(ConversionError):
     """A converter with an environment of its own is not installed; the message holds the command."""

@@ -19,7 +19,7 @@ from typing import Any
 from edge_infer import __version__, convert, measure, quantize
 from edge_infer.bundle import Bundle, describe_files, open_bundle
 from edge_infer.convert import Converted, Read, Way, spec_to_json
-from edge_infer.errors import ConversionError, ConverterMissing, EdgeInferError, LimitError
+from edge_infer.errors import ConversionError, ConverterMissing, EdgeInferError, LimitError, NotApplicable
 from edge_infer.evaluate.loss import Loss
 from edge_infer.evaluate.score import Score
 from edge_infer.manifest import MANIFEST_NAME, SCHEMA, Artifact, Check, Golden, Manifest, Requirement, SetScore
@@ -345,14 +345,18 @@ def _check_engine(requires: Sequence[Requirement], engine: EngineProfile, target
 
 
 def _no_way(failures: Sequence[tuple[Way, ConversionError]]) -> ConversionError:
-    """One error for all ways; a missing converter comes last, since installing it may be all that is needed."""
-    if len(failures) == 1:
-        return failures[0][1]
-    reasons = "; ".join(f"{way} ({way.modules[-1].rpartition('.')[2]}): {error}" for way, error in failures)
-    log = next((error.log for _, error in failures if error.log), "")
-    kind: Callable[[str], ConversionError] = (
-        ConverterMissing if isinstance(failures[-1][1], ConverterMissing) else ConversionError
-    )
+    """One error for all ways that are for this kind of source, each reason once."""
+    told: dict[str, tuple[Way, ConversionError]] = {}
+    for way, error in failures:
+        if not isinstance(error, NotApplicable):
+            told.setdefault(str(error), (way, error))
+    if len(told) == 1:
+        return next(error for _, error in told.values())
+    reasons = "; ".join(f"{way} ({way.modules[-1].rpartition('.')[2]}): {words}" for words, (way, _) in told.items())
+    errors = [error for _, error in told.values()]
+    # Installing what is missing may be all that is needed.
+    missing = any(isinstance(error, ConverterMissing) for error in errors)
+    kind: Callable[[str], ConversionError] = ConverterMissing if missing else ConversionError
     error = kind(f"no way leads there: {reasons}")
-    error.log = log
+    error.log = next((error.log for error in errors if error.log), "")
     return error

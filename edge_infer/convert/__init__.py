@@ -33,7 +33,11 @@ STEPS = {
     ("saved-model", "tflite"): ("edge_infer.convert.saved_model_to_tflite",),
     ("saved-model", "onnx"): ("edge_infer.convert.saved_model_to_onnx",),
     ("torch", "tflite"): ("edge_infer.convert.torch_to_tflite",),
-    ("torch", "onnx"): ("edge_infer.convert.torch_to_onnx", "edge_infer.convert.torch_to_onnx_legacy"),
+    ("torch", "onnx"): (
+        "edge_infer.convert.torch_to_onnx",
+        "edge_infer.convert.torch_to_onnx_legacy",
+        "edge_infer.convert.torch_to_onnx_program",
+    ),
     ("torch", "torchscript"): ("edge_infer.convert.torch_to_torchscript",),
     ("onnx", "tflite"): ("edge_infer.convert.onnx_to_tflite",),
     ("onnx", "torchscript"): ("edge_infer.convert.onnx_to_torchscript",),

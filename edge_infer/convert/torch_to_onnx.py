@@ -15,7 +15,7 @@ from edge_infer import probe
 from edge_infer.convert import onnx_graphs, spec_from_json, torch_source
 from edge_infer.convert.onnx_graphs import OPSET
 from edge_infer.convert.torch_source import TorchModel, causes
-from edge_infer.errors import ConversionError, EdgeInferError
+from edge_infer.errors import ConversionError, EdgeInferError, NotApplicable
 
 #: The exporter writes larger weights to a file beside the model: one protobuf message holds at most 2 GiB.
 LARGEST_INLINE_BYTES = 2**30
@@ -52,7 +52,7 @@ def by(
 
 def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: Path) -> list[str]:
     if model.scripted:
-        raise ConversionError("this exporter reads no TorchScript; the older one does (torch_to_onnx_legacy)")
+        raise NotApplicable("this exporter reads no TorchScript; the older one does (torch_to_onnx_legacy)")
     labels: dict[str, Any] = {
         "input_names": [spec.name for spec in model.inputs],
         "output_names": names,
@@ -60,8 +60,7 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
         "dynamo": True,
         "verbose": False,
     }
-    size = sum(tensor.nbytes for tensor in (*model.module.parameters(), *model.module.buffers()))
-    labels["external_data"] = size > LARGEST_INLINE_BYTES
+    labels["external_data"] = is_large(model)
     if model.exported is not None:  # it knows its dynamic dimensions
         torch.onnx.export(model.exported, (), str(path), **labels)
         return []
@@ -74,6 +73,13 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
             raise torch_source.explain_export(model, error) from error
         raise
     return []
+
+
+def is_large(model: TorchModel) -> bool:
+    """Whether the exporter has to write the weights beside the model."""
+    weights = (*model.module.parameters(), *model.module.buffers())
+    size: int = sum(tensor.nbytes for tensor in weights)
+    return size > LARGEST_INLINE_BYTES
 
 
 def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operator: "") -> ConversionError:

@@ -16,7 +16,7 @@ from edge_infer import probe
 from edge_infer.convert import torch_source, torch_to_onnx, torch_to_torchscript
 from edge_infer.convert.onnx_graphs import OPSET
 from edge_infer.convert.torch_source import TorchModel
-from edge_infer.errors import ConversionError
+from edge_infer.errors import NotApplicable
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 
 def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: Path) -> list[str]:
     if model.exported is not None:
-        raise ConversionError("the older exporter reads no exported programs; the newer one does (torch_to_onnx)")
+        raise NotApplicable("the older exporter reads no exported programs; the newer one does (torch_to_onnx)")
     axes = {
         spec.name: {axis: f"{spec.name}_{axis}" for axis, size in enumerate(spec.shape) if size is None}
         for spec in model.inputs

@@ -173,7 +173,7 @@ def _convert_at(model: TorchModel, found: Sequence[Size], other: Size | None, pa
     )
     args = _at(model, base, found, other)
     try:
-        module = torchscript_program.program(model.module, args).module() if model.scripted else model.tuple_module()
+        module = torchscript_program.at_sizes(model.module, args).module() if model.scripted else model.tuple_module()
         # Without 64-bit types, integer inputs and outputs would silently become int32.
         litert_torch.convert(module, args, enable_x64=True).export(str(path))
     except EdgeInferError:
