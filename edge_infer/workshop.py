@@ -93,7 +93,7 @@ class Workshop:
                 return self._judged(self._build(converted, engine, precision), f"{precision} against the source")
             except ConversionError as error:
                 failures.append((way, error))
-        return _no_way(failures)
+        return no_way(failures)
 
     # ---- artifacts
 
@@ -344,7 +344,7 @@ def _check_engine(requires: Sequence[Requirement], engine: EngineProfile, target
         )
 
 
-def _no_way(failures: Sequence[tuple[Way, ConversionError]]) -> ConversionError:
+def no_way(failures: Sequence[tuple[Way, ConversionError]]) -> ConversionError:
     """One error for all ways that are for this kind of source, each reason once."""
     told: dict[str, tuple[Way, ConversionError]] = {}
     for way, error in failures:

@@ -36,6 +36,7 @@ GAIN = specs(("x", "float32", (None, 6)), ("gain", "float32", ()), ("keep", "boo
 LINES = specs(("x", "float32", (None, 2, None)))
 
 ONNX, LEGACY, SCRIPT = "torch_to_onnx", "torch_to_onnx_legacy", "torch_to_torchscript"
+PROGRAM = "torch_to_onnx_program"
 #: Network, how it is saved, inputs; then steps that answer as it does, and steps that refuse it, with words they use.
 CASES: dict[str, tuple[str, str, list[Json], tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "two in, four out": ("TokensAndFeatures", "state", TOKENS, (ONNX, LEGACY, SCRIPT), {}),
@@ -44,7 +45,8 @@ CASES: dict[str, tuple[str, str, list[Json], tuple[str, ...], dict[str, tuple[st
     "scalar and mask": ("GainAndMask", "state", GAIN, (LEGACY, SCRIPT), {}),
     "recurrent": ("Recurrent", "state", STEPS, (LEGACY, SCRIPT), {}),
     "scripted": ("GainAndMask", "script", GAIN, (LEGACY, SCRIPT), {ONNX: ("older one",)}),
-    "exported": ("Lenet", "export", IMAGE, (ONNX, SCRIPT), {LEGACY: ("newer one",)}),
+    "traced attention": ("Encoder", "trace", FOUR_IDS, (PROGRAM, SCRIPT), {LEGACY: ("for each number of dimensions",)}),
+    "exported": ("Lenet", "export", IMAGE, (ONNX, SCRIPT), {LEGACY: ("newer one",), PROGRAM: ("for TorchScript",)}),
     "loop": ("Halving", "state", ROWS, (LEGACY, SCRIPT), {ONNX: ("depends on its values", "torch.cond")}),
     "cond": ("Chosen", "state", ROWS, (ONNX,), {SCRIPT: ("torch.cond", "--format onnx"), LEGACY: ("torch.cond",)}),
     "unknown": ("Bessel", "state", ROWS, (SCRIPT,), {ONNX: ("bessel_j0 in layer wave",), LEGACY: ("bessel_j0",)}),

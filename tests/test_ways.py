@@ -9,7 +9,9 @@ import pytest
 
 from edge_infer import convert
 from edge_infer.convert.source import FAMILIES, Source
+from edge_infer.errors import ConversionError, ConverterMissing, NotApplicable
 from edge_infer.manifest import FORMATS
+from edge_infer.workshop import no_way
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
@@ -36,6 +38,23 @@ def test_the_shortest_way_comes_first(form: str, format: str, expected: list[str
 def test_two_modules_between_the_same_forms_are_two_ways() -> None:
     modules = [way.modules for way in convert.ways("torch", "onnx")]
     assert modules[:2] == [("edge_infer.convert.torch_to_onnx",), ("edge_infer.convert.torch_to_onnx_legacy",)]
+
+
+def test_what_no_way_says_is_why_each_way_failed_once() -> None:
+    first, second, third = convert.ways("torch", "onnx")[:3]
+    alone = no_way([(first, NotApplicable("not for this")), (second, ConversionError("a reason"))])
+    assert str(alone) == "a reason"
+    several = no_way(
+        [
+            (first, ConverterMissing("install it", "a log")),
+            (second, ConversionError("a reason")),
+            (third, ConversionError("a reason")),
+        ]
+    )
+    assert str(several) == (
+        "no way leads there: torch -> onnx (torch_to_onnx): install it; torch -> onnx (torch_to_onnx_legacy): a reason"
+    )
+    assert isinstance(several, ConverterMissing) and several.log == "a log"
 
 
 def test_every_module_of_the_graph_is_a_file_named_after_its_forms() -> None:

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""How much memory packaging takes: a model of 500 MB, by every kind of source and format; writes docs/memory.md.
+
+    python scripts/packaging_memory.py [--megabytes 500] [--only SOURCE:FORMAT]... [--docs]      about half an hour
+
+Each row is one `edge-infer package` with an empty cache: every precision that the cpu target lists for that format,
+with calibration, and any loss of agreement allowed, so that no mixed precision is searched. The figure is the most
+memory that the command and all its children had at one time, pages that several of them share counted once (Pss of
+/proc/PID/smaps_rollup, looked at every tenth of a second), over the size of the source file.
+https://www.kernel.org/doc/html/latest/filesystems/proc.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+GOAL = 4.0
+POLL_S = 0.1
+WIDTH = 2048
+ROWS = (
+    ("keras", "tflite"),
+    ("keras", "onnx"),
+    ("saved-model", "tflite"),
+    ("torch-state", "onnx"),
+    ("torch-state", "tflite"),
+    ("torch-state", "torchscript"),
+    ("onnx", "onnx"),
+    ("onnx", "tflite"),
+    ("onnx", "torchscript"),
+    ("tflite", "tflite"),
+    ("tflite", "onnx"),
+)
+FILES = {"keras": "net.keras", "saved-model": "net-saved", "torch-state": "net.pth", "onnx": "net.onnx"}
+FILES["tflite"] = "net.tflite"
+FACTORY = '''"""A plain dense network with weights that keep the signal alive."""
+
+import torch
+
+WIDTH, LAYERS = {width}, {layers}
+
+
+def create():
+    layers = []
+    for _ in range(LAYERS):
+        layers += [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU()]
+    net = Net(torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, 10)))
+    return net
+
+
+class Net(torch.nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return {{"scores": self.body(x)}}
+'''
+MAKE_TORCH = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, dense
+torch.manual_seed(5)
+net = dense.create().eval()
+for layer in net.body:
+    if hasattr(layer, "weight"):
+        torch.nn.init.kaiming_normal_(layer.weight)
+torch.save(net.state_dict(), sys.argv[1] + "/net.pth")
+x = torch.randn(2, dense.WIDTH)
+torch.onnx.export(net, (x,), sys.argv[1] + "/net.onnx", dynamo=True, external_data=False, verbose=False,
+                  input_names=["x"], output_names=["scores"], dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+"""
+MAKE_KERAS = """
+import sys, keras
+keras.utils.set_random_seed(5)
+width, layers = int(sys.argv[2]), int(sys.argv[3])
+x = keras.Input((width,), name="x")
+y = x
+for _ in range(layers):
+    y = keras.layers.Dense(width, "relu", kernel_initializer="he_normal")(y)
+net = keras.Model(x, keras.layers.Dense(10, name="scores")(y))
+net.save(sys.argv[1] + "/net.keras")
+net.export(sys.argv[1] + "/net-saved", verbose=False)
+"""
+MAKE_TFLITE = """
+import sys, tensorflow as tf
+converter = tf.lite.TFLiteConverter.from_saved_model(sys.argv[1] + "/net-saved")
+open(sys.argv[1] + "/net.tflite", "wb").write(converter.convert())
+"""
+
+
+def make_sources(folder: Path, megabytes: float) -> None:
+    layers = max(1, round(megabytes * 1e6 / (4 * WIDTH * WIDTH)))
+    (folder / "dense.py").write_text(FACTORY.format(width=WIDTH, layers=layers))
+    for code in (MAKE_TORCH, MAKE_KERAS, MAKE_TFLITE):
+        subprocess.run([sys.executable, "-c", code, str(folder), str(WIDTH), str(layers)], check=True)
+    noise = np.random.default_rng(5).standard_normal((32, WIDTH)).astype(np.float32)
+    np.savez(folder / "samples.npz", x=noise)
+
+
+def size_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def package(folder: Path, source: str, format: str) -> dict[str, Any]:
+    """One row. A packaging that fails is one too, with its sentence."""
+    path = folder / FILES[source]
+    options = ["--input", f"x=float32:?,{WIDTH}"] if source == "torch-state" else []
+    options += ["--factory", f"{folder / 'dense.py'}:create"] if source == "torch-state" else []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", "edge_infer.cli", "package", str(path), "--format", format]
+        command += ["--target", f"cpu-{os.uname().machine}", "--calibration", str(folder / "samples.npz"), *options]
+        command += [
+            "--max-size",
+            "100GB",
+            "--max-ram",
+            "100GB",
+            "--max-accuracy-drop",
+            "99%",
+            "-o",
+            f"{scratch}/net.edge",
+            "--json",
+        ]
+        begun = time.monotonic()
+        log = Path(scratch) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, env={**os.environ, "EDGE_INFER_CACHE": f"{scratch}/cache"}
+            )
+            most, at = watch(process)
+        words = log.read_text("utf-8", "replace").strip().splitlines()
+        report = json.loads(words[-1]) if words and words[-1].startswith("{") else {}
+    size = size_of(path)
+    return {
+        "source": source, "format": format, "bytes": size, "peak_bytes": most, "times": most / size, "at": at,
+        "seconds": time.monotonic() - begun, "status": process.returncode,
+        "words": "" if process.returncode == 0 else words[-1][:500], "chosen": report.get("chosen"),
+    }  # fmt: skip
+
+
+def watch(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """The most memory of a process and its descendants until it ends, and which call then ran."""
+    most, at = 0, ""
+    while process.poll() is None:
+        used = {pid: pss(pid) for pid in family(process.pid)}
+        if sum(used.values()) > most:
+            most, at = sum(used.values()), call_of(max(used, key=lambda pid: used[pid]))
+        time.sleep(POLL_S)
+    return most, at
+
+
+def family(pid: int) -> list[int]:
+    found = [pid]
+    for one in found:
+        try:
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def call_of(pid: int) -> str:
+    """What a child of the packager runs: module:function of a step, else its program."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "edge_infer.worker" in words:
+            request = json.loads(Path(words[words.index("edge_infer.worker") + 1], "request.json").read_text())
+            precision = request["request"].get("precision", "")
+            return f"{request['call'].removeprefix('edge_infer.')} {precision}".strip()
+        return Path(words[-2]).name if len(words) > 1 else ""
+    except (OSError, ValueError):
+        return ""
+
+
+def page(rows: list[dict[str, Any]], megabytes: float) -> str:
+    lines = [
+        "# Memory of packaging",
+        "",
+        f"Made by `python scripts/packaging_memory.py --docs`: a dense float32 network of {megabytes:.0f} MB to each "
+        "format in",
+        "every precision, with calibration and an empty cache. Peak is the most that the command and all its children "
+        "had in",
+        f"memory at one time, shared pages counted once; the goal is less than {GOAL:g} times the source.",
+        "",
+        "| from | to | source | peak | times | reached in |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        missed = "" if row["times"] < GOAL else " (missed)"
+        failed = f" (status {row['status']}: {row['words']})" if row["status"] else ""
+        lines.append(
+            f"| {row['source']} | {row['format']} | {row['bytes'] / 1e6:.0f} MB | {row['peak_bytes'] / 1e6:.0f} MB "
+            f"| {row['times']:.2f}{missed} | {row['at']}{failed} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=500)
+    parser.add_argument("--only", action="append", metavar="SOURCE:FORMAT")
+    parser.add_argument("--docs", action="store_true", help="write docs/memory.md and docs/memory.json")
+    args = parser.parse_args()
+    rows = []
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="memory-") as folder:
+        make_sources(Path(folder), args.megabytes)
+        for source, format in ROWS:
+            if args.only and f"{source}:{format}" not in args.only:
+                continue
+            rows.append(package(Path(folder), source, format))
+            print(json.dumps(rows[-1]), flush=True)
+    text = page(rows, args.megabytes)
+    print(text)
+    if args.docs:
+        (ROOT / "docs" / "memory.md").write_text(text)
+        (ROOT / "docs" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
