@@ -38,6 +38,8 @@ from edge_infer.workshop import Built, Workshop
 Plan = list[tuple[EngineProfile, str]]
 #: Artifacts that the search for mixed precision may build and run.
 MIXED_BUDGET = 32
+#: Smaller constants are no weights: shapes, axes, scales.
+SMALLEST_LAYER_BYTES = 64
 #: Precisions whose report shows what quantization costs each layer.
 MEASURED_LAYERS = ("int8", "int8-mixed")
 
@@ -177,21 +179,34 @@ class _Packaging:
         """What the report says of the chosen artifact besides its figures."""
         source = self.model.source
         samples = self.model.made.answer["samples"]
-        layers: list[dict[str, Any]] = []
-        made_here = chosen.precision in MEASURED_LAYERS and self.model.precision == "float32"
-        if made_here and chosen.format in quantize.SENSITIVE:
-            kept = set(chosen.kept_float)
-            with suppress(ConversionError):  # evidence that cannot be had is missing from the report, no more
-                layers = [{**row, "kept_float": row["name"] in kept} for row in self.shop.sensitivity(built.engine)]
         return Findings(
             kind=source.kind,
             hashes={"source": source.sha256, **{kind: row["sha256"] for kind, row in samples.items() if row}},
             source_scores=self.shop.source_scores(),
             sets=self.sets,
-            layers=layers,
+            layers=self._layers(built, chosen),
             outputs=built.judged.answer["outputs"] if built.judged else (),
             trials=self.trials.get(chosen.id, ()),
         )
+
+    def _layers(self, built: Built, chosen: Candidate) -> list[dict[str, Any]]:
+        """Size by layer, and for int8 what it costs each. Empty for engines that do not tell."""
+        stored = _stored(built)
+        rows: list[dict[str, Any]] = []
+        measured = chosen.precision in MEASURED_LAYERS and self.model.precision == "float32"
+        if measured and built.engine.format in quantize.SENSITIVE:
+            with suppress(ConversionError):  # evidence that cannot be had is missing from the report, no more
+                rows = self.shop.sensitivity(built.engine)
+        if rows:
+            kept = set(chosen.kept_float)
+            return [{**row, "stored_bytes": stored.get(row["name"]), "kept_float": row["name"] in kept} for row in rows]
+        base = self.shop.float_model(built.engine)
+        floats = _stored(base) if base.precision == "float32" else {}
+        return [
+            {**row, "bytes": floats.get(row["name"])}
+            for row in built.made.answer.get("layers", ())
+            if row["stored_bytes"] >= SMALLEST_LAYER_BYTES
+        ]
 
     def _try(self, engine: EngineProfile, precision: str, order: int) -> Candidate:
         try:
@@ -282,6 +297,11 @@ class _Packaging:
             return EngineMissing(reasons)
         log = next((error.log for error in errors if isinstance(error, ConversionError) and error.log), "")
         return ConversionError(f"no conversion for {self.target.name} succeeded: {reasons}", log)
+
+
+def _stored(built: Built) -> dict[str, int]:
+    """The bytes of weights by layer."""
+    return {row["name"]: row["stored_bytes"] for row in built.made.answer.get("layers", ())}
 
 
 def _score_limit(source: Score, allowed: float, origin: str) -> Limit:

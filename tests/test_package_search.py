@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import MODELS
+from conftest import MODELS, calibration_for
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import save, value
 
@@ -103,6 +103,32 @@ class TestScores:
         done = package(digits(tmp_path / "d.edge", calibration="random"))
         assert done.bundle.manifest.scores == ()
         assert done.record["samples"]["search"] is None
+
+
+class TestSizeByLayer:
+    @pytest.mark.parametrize(
+        ("format", "precision"), [("onnx", "int8"), ("onnx", "float16"), ("tflite", "int4-weights")]
+    )
+    def test_the_layers_of_the_record_hold_the_weights_of_the_bundle(
+        self, models: Path, tmp_path: Path, format: str, precision: str
+    ) -> None:
+        form = "torch.onnx" if format == "onnx" else "keras.keras"
+        given = Request(
+            models / form, "cpu-x86_64", tmp_path / "d.edge", format, precision, calibration=calibration_for(form)
+        )
+        done = package(given)
+        layers = [row for row in done.record["layers"] if row["bytes"]]
+        shapes = [(32, 1 * 3 * 3), (64, 32 * 3 * 3), (64, 64 * 4 * 4), (10, 64)]
+        assert [row["bytes"] for row in layers] == [4 * (rows * columns + rows) for rows, columns in shapes]
+        files = sum(row.size for name, row in done.bundle.manifest.files.items() if name != "golden.npz")
+        stored = [row["stored_bytes"] for row in layers]
+        assert 0.8 * files < sum(stored) < files
+        # The largest holds nearly all of its bytes in the weights themselves.
+        bits = {"int8": 8, "float16": 16, "int4-weights": 4}[precision]
+        assert stored[2] == pytest.approx(layers[2]["bytes"] * bits / 32, rel=0.03)
+        assert ("error" in layers[0]) == (precision == "int8")
+        page = done.report.read_text("utf-8")
+        assert ("Error of int8 and size by layer" in page) == (precision == "int8") and "ize by layer" in page
 
 
 class TestLimits:

@@ -18,6 +18,7 @@ from edge_infer.quantize.onnx_graph import (
     externalize,
     name_nodes,
     sort_nodes,
+    stored_by_layer,
     strip,
     worth_repacking,
 )
@@ -49,6 +50,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "weights": WEIGHTS if weights else None,
         "signature": None,
         "prepack": worth_repacking(model),
+        "layers": stored_by_layer(model),
         "operators": sorted({node.op_type for node in model.graph.node}),
         "requires": [["onnxruntime", oldest], ["onnxruntime-gpu", oldest]],
         "tools": tools(),

@@ -192,6 +192,22 @@ def worth_repacking(model: onnx.ModelProto) -> bool:
     return sum(sizes[name] for name in repacked) > sum(sizes.values()) / 2
 
 
+def stored_by_layer(model: onnx.ModelProto) -> list[dict[str, Any]]:
+    """The bytes of each layer's weights as they are stored: rows of "name", "kind", "stored_bytes", as the layers run.
+
+    A weight that two layers share counts for both.
+    """
+    stored = {tensor.name: byte_count(tensor) for tensor in model.graph.initializer}
+    layers = []
+    for node in model.graph.node:
+        weights = sum(stored.get(name, 0) for name in node.input)
+        if node.op_type in DECODING_OPERATORS and all(name in stored for name in node.input if name):
+            stored[node.output[0]] = weights
+        else:
+            layers.append({"name": node.name, "kind": node.op_type, "stored_bytes": weights})
+    return layers
+
+
 def _stored(name: str, sources: dict[str, onnx.NodeProto]) -> Iterator[str]:
     """The values that ``name`` is decoded from, or itself."""
     producer = sources.get(name)

@@ -77,6 +77,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         model = _quantized(request, Path(work))
         tflite_versions.set_versions(model)
         operators = tflite_files.operators(model)
+        layers = _stored_by_layer(model)
         engines = tflite_versions.oldest_engines(model)
         tflite_versions.write_min_runtime(model)
         tflite_files.write(model, folder / MODEL)
@@ -87,6 +88,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "weights": None,
         "signature": request["from"]["signature"],
         "prepack": False,
+        "layers": layers,
         "operators": operators,
         "requires": engines.requires(),
         "tools": {name: version(name) for name in ("ai-edge-quantizer", "ai-edge-litert")},
@@ -419,6 +421,25 @@ def sensitivity(request: dict[str, Any]) -> dict[str, Any]:
         if layer.kind not in MOVING
     ]
     return {"layers": rows}
+
+
+def _stored_by_layer(model: Any) -> list[dict[str, Any]]:
+    """The bytes of each layer's weights as they are stored: rows of "name", "kind", "stored_bytes", as the layers run.
+
+    Weights that two layers share count for both; those that are decoded first count where they are used.
+    """
+    graph, layers = model.subgraphs[0], []
+    contents = [model.buffers[tensor.buffer].data for tensor in graph.tensors]
+    stored = [0 if data is None else len(data) for data in contents]
+    for operator in graph.operators:
+        weights = sum(stored[index] for index in operator.inputs if index >= 0)
+        code = tflite_files.operator_code(model.operatorCodes[operator.opcodeIndex])
+        if code == schema.BuiltinOperator.DEQUANTIZE and weights:
+            stored[operator.outputs[0]] = weights
+        else:
+            name, kind = _layer_name(graph, operator), tflite_files.NAMES[code]
+            layers.append({"name": name, "kind": kind, "stored_bytes": weights})
+    return layers
 
 
 def _layers(model: Any, quantized: Any) -> list[_Layer]:

@@ -45,7 +45,13 @@ def layers(rows: Sequence[Record], name: str, width: float) -> Markup:
         worst = max((row for row in rows if units.is_number(row.get("error"))), key=lambda row: row["error"])
         description += f"; the largest error is {units.number(worst['error'])}, at {worst.get('name')}"
     height, parts = draw(rows, width)
-    return picture(name, "Error of int8 and size by layer", f"{description}.", width, height, *parts)
+    title = "Error of int8 and size by layer" if errors else "Size by layer"
+    return picture(name, title, f"{description}.", width, height, *parts)
+
+
+def _has_errors(rows: Sequence[Record]) -> bool:
+    """Only what int8 costs is measured by layer."""
+    return any(units.is_number(row.get("error")) for row in rows)
 
 
 def _error_axis(rows: Sequence[Record], start: float, end: float) -> Axis:
@@ -77,16 +83,19 @@ def _few_layers(rows: Sequence[Record], width: float) -> tuple[float, list[Marku
     names = min(longest, width * 0.34)
     bottom = top + step * len(rows)
     gap = 26.0
-    panel = (width - names - 12 - gap - 14) / 2
-    error = _error_axis(rows, names + 12, names + 12 + panel)
-    size = _bytes_axis(rows, names + 12 + panel + gap, width - 14)
+    start = names + 12
+    panel = (width - start - gap - 14) / 2
+    measured = _has_errors(rows)
+    error = _error_axis(rows, start, start + panel)
+    size = _bytes_axis(rows, start + panel + gap if measured else start, width - 14)
     wanted = 4 if width > 600 else 2
     parts = [
-        text(error.start, 14, "error of int8 (log scale)" if width > 450 else "error (log)", cls="title"),
         text(size.start, 14, "weights: float32 (pale), stored (full)" if width > 450 else "weights", cls="title"),
-        *x_axis(error, bottom, top - 8, units.number, wanted),
         *x_axis(size, bottom, top - 8, units.size, wanted),
     ]
+    if measured:
+        title = "error of int8 (log scale)" if width > 450 else "error (log)"
+        parts += [text(error.start, 14, title, cls="title"), *x_axis(error, bottom, top - 8, units.number, wanted)]
     for index, row in enumerate(rows, start=1):
         y = top + step * (index - 0.5)
         parts.append(
@@ -108,34 +117,37 @@ def _many_layers(rows: Sequence[Record], width: float) -> tuple[float, list[Mark
     Names stay above the stems: over them nobody could read either.
     """
     left, right = 64.0, width - 10
+    measured = _has_errors(rows)
     error = _error_axis(rows, 210.0, 68.0)
-    size = _bytes_axis(rows, 340.0, 256.0)
+    above = 230.0 if measured else 0.0
+    bottom = above + 110
+    size = _bytes_axis(rows, bottom, above + 26)
     index_axis = Axis(0.5, len(rows) + 0.5, left, right)
     column = (right - left) / len(rows)
     parts = [
-        text(4, 14, "error of int8 (log scale)", cls="title"),
-        text(4, 244, "weights: float32 (pale), stored (full)", cls="title"),
-        text(right, 374, "layer, in execution order →" if width > 450 else "layer →", "end", "title"),
-        *y_axis(error, left, right, units.number, 4),
+        text(4, above + 14, "weights: float32 (pale), stored (full)", cls="title"),
+        text(right, bottom + 34, "layer, in execution order →" if width > 450 else "layer →", "end", "title"),
         *y_axis(size, left, right, units.size, 3),
         *(
-            text(index_axis.at(tick), 340 + LINE, f"{tick:g}", "middle", "tick")
+            text(index_axis.at(tick), bottom + LINE, f"{tick:g}", "middle", "tick")
             for tick in index_axis.ticks(10 if width > 450 else 5)
             if tick >= 1
         ),
     ]
+    if measured:
+        parts += [text(4, 14, "error of int8 (log scale)", cls="title"), *y_axis(error, left, right, units.number, 4)]
     for index, row in enumerate(rows, start=1):
         at = index_axis.at(index)
         parts.append(
             marked(
                 _layer_tip(row, index),
-                rect(at - column / 2, 30, column, 310, "band"),
+                rect(at - column / 2, 30, column, bottom - 30, "band"),
                 _stem(row, error, at, upright=True),
                 _size_bars(row, size, at, max(column * 0.8, 0.5), upright=True),
                 cls="mark layer float" if row.get("kept_float") else "mark layer",
             )
         )
-    return 384.0, [*parts, *_worst_names(rows, error, index_axis, Box(left, 20, right - left, 56))]
+    return bottom + 44, [*parts, *_worst_names(rows, error, index_axis, Box(left, 20, right - left, 56))]
 
 
 def _worst_names(rows: Sequence[Record], error: Axis, index_axis: Axis, bounds: Box) -> list[Markup]:

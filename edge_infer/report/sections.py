@@ -173,9 +173,11 @@ def layers(record: Record) -> Markup | None:
         return None
     drawing = figure_of(lambda name, width: plots.layers(rows, name, width), "plot-layers", 1090)
     kept = [row for row in rows if row.get("kept_float")]
-    total = sum(row["bytes"] for row in rows if units.is_number(row.get("bytes")))
+    floats = [row["bytes"] for row in rows if units.is_number(row.get("bytes"))]
     stored = [row["stored_bytes"] for row in rows if units.is_number(row.get("stored_bytes"))]
-    words = f"{units.count(len(rows), 'layer')} with {units.size(total)} of weights in float32"
+    words = units.count(len(rows), "layer")
+    if floats:
+        words += f" with {units.size(sum(floats))} of weights in float32"
     if len(stored) == len(rows):
         words += f", {units.size(sum(stored))} stored"
     words += f"; {units.count(len(kept), 'layer')} kept in float (◇)." if kept else "."
