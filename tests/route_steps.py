@@ -78,9 +78,7 @@ def tensorflow_steps(request: Json) -> Json:
         module = tf.Module()
         module.call = function
         answers[name] = _tensorflow_case(module, [("x", "float32", (None, 4))], folder / name)
-    # As for models over 2 GB.
-    plain = saved_model_to_onnx.to_onnx
-    saved_model_to_onnx.to_onnx = lambda function, inputs: plain(function, inputs, large=True)
+    saved_model_to_onnx.LARGE_BYTES = 0
     answers["vision"]["large"] = run(
         "saved_model_to_onnx", answers["vision"]["form"], _contract(answers["vision"]), folder / "vision", "large"
     )

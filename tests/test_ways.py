@@ -23,9 +23,17 @@ def test_every_kind_of_source_has_a_way_to_every_format(kind: str) -> None:
 @pytest.mark.parametrize(
     ("form", "format", "expected"),
     [
-        ("saved-model", "tflite", ["saved-model -> tflite", "saved-model -> onnx -> tflite"]),
+        (
+            "saved-model",
+            "tflite",
+            ["saved-model -> tflite", "saved-model -> onnx -> tflite", "saved-model -> onnx -> torchscript -> tflite"],
+        ),
         ("saved-model", "onnx", ["saved-model -> onnx", "saved-model -> tflite -> onnx"]),
-        ("saved-model", "torchscript", ["saved-model -> onnx -> torchscript"]),
+        (
+            "saved-model",
+            "torchscript",
+            ["saved-model -> onnx -> torchscript", "saved-model -> tflite -> onnx -> torchscript"],
+        ),
         ("onnx", "onnx", ["onnx"]),
         ("onnx", "tflite", ["onnx -> tflite", "onnx -> torchscript -> tflite"]),
         ("tflite", "torchscript", ["tflite -> onnx -> torchscript"]),

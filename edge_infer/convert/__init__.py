@@ -45,7 +45,7 @@ STEPS = {
     ("tflite", "onnx"): ("edge_infer.convert.tflite_to_onnx",),
 }
 #: Longer ways add nothing but rounding and time.
-MOST_STEPS = 2
+MOST_STEPS = 3
 
 #: The options that samples come with, for messages.
 WHAT = {"calibration": "calibration", "evaluation": "evaluate"}

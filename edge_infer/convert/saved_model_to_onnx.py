@@ -27,6 +27,8 @@ def _erfc(context: Any, node: Any, name: str, arguments: Any) -> None:
     context.replace_inputs(node, [one.output[0], erf.output[0]])
 
 
+#: More weights than that are kept out of the messages on the way: they would be in memory a dozen times.
+LARGE_BYTES = 2**27
 #: TensorFlow operators that tf2onnx lacks.
 HANDLERS: dict[str, Any] = {"Erfc": (_erfc, [])}
 
@@ -36,11 +38,11 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     outputs = [spec_from_json(row) for row in request["outputs"]]
     path = Path(request["out"]) / "model.onnx"
     try:
-        made = to_onnx(_function(request["from"], inputs, outputs), inputs)
+        made = _converted(request["from"], inputs, outputs)
         unrolled = request["from"].get("unrolled")
         # Of an LSTM tf2onnx makes ONNX's own, which is faster; a loop that is left is slower than its steps.
         if unrolled and any(node.op_type == "Loop" for node in onnx_graphs.nodes(made.graph)):
-            made = to_onnx(_function({**request["from"], "saved_model": unrolled}, inputs, outputs), inputs)
+            made = _converted({**request["from"], "saved_model": unrolled}, inputs, outputs)
     except EdgeInferError:
         raise
     except Exception as error:  # tf2onnx raises what its handlers trip over
@@ -53,6 +55,11 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     onnx_graphs.finish(made, path, inputs, outputs)
     tools = {"tensorflow": tf.__version__, "tf2onnx": tf2onnx.__version__, "onnx": onnx.__version__}
     return {"details": {"model": str(path)}, "tools": tools}
+
+
+def _converted(source: dict[str, Any], inputs: list[TensorSpec], outputs: list[TensorSpec]) -> onnx.ModelProto:
+    weights = sum(file.stat().st_size for file in Path(source["saved_model"], "variables").glob("*"))
+    return to_onnx(_function(source, inputs, outputs), inputs, large=weights > LARGE_BYTES)
 
 
 def _function(source: dict[str, Any], inputs: list[TensorSpec], outputs: list[TensorSpec]) -> Any:

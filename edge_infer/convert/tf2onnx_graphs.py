@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,8 +17,37 @@ if not hasattr(np, "product"):  # numpy 2 has it no more, and tf2onnx 1.17 calls
     np.product = np.prod  # type: ignore[attr-defined]
 
 import tf2onnx
+from tf2onnx.graph import Node
 
 __all__ = ["canonical", "explain", "refuse_leftovers", "tf2onnx"]
+
+
+_update_proto = Node.update_proto
+
+
+def _update_but_constants(self: Node, external_tensor_storage: Any = None) -> None:
+    """What a constant holds is taken from its attributes, never from the message that this would write anew.
+
+    It is called after each of a dozen passes, and memory that a message gave up is not free before the message is.
+    """
+    if not self.is_const():
+        _update_proto(self, external_tensor_storage)
+
+
+def _copy_but_constants(self: Node, memo: dict[int, Any]) -> Node:
+    """The graph is copied before each pass; no pass writes into the values of a constant."""
+    copied: Node = Node.__new__(Node)
+    memo[id(self)] = copied
+    if self.is_const():
+        op = self.op
+        memo[id(op)] = onnx.NodeProto(name=op.name, op_type=op.op_type, domain=op.domain, output=op.output)
+        memo |= {id(value): value for value in self.attr.values()}
+    copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return copied
+
+
+# Otherwise 500 MB of weights take 22 GB of memory (tf2onnx 1.17).
+Node.update_proto, Node.__deepcopy__ = _update_but_constants, _copy_but_constants
 
 
 def refuse_leftovers(model: onnx.ModelProto, prefix: str = "") -> None:
@@ -81,29 +112,37 @@ class _Canonical:
             for names in (node.input, node.output):
                 names[:] = [self.values.get(name, name) for name in names]
         used += [item.name for item in graph.output if item.name in weights]
+        _keep(graph, list(dict.fromkeys(used)))
         for item in (*graph.input, *graph.output, *graph.initializer):
             item.name = self.values.get(item.name, item.name)
             if isinstance(item, onnx.ValueInfoProto):
                 for dim in item.type.tensor_type.shape.dim:
                     dim.ClearField("dim_param")
-        tensors = [onnx.TensorProto.FromString(weights[name].SerializeToString()) for name in dict.fromkeys(used)]
         rows = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        del graph.node[:], graph.value_info[:]
         graph.node.extend(rows)
-        graph.initializer.extend(tensors)
 
     def _name(self, old: str, new: str) -> None:
         if old and old not in self.values:
             self.values[old] = _unused(new, self.taken)
 
 
+def _keep(graph: onnx.GraphProto, names: list[str]) -> None:
+    """The weights of these names, in this order; in place, since each copy would be all of them once more."""
+    order = {name: place for place, name in enumerate(names)}
+    for place in reversed(range(len(graph.initializer))):
+        if graph.initializer[place].name not in order:
+            del graph.initializer[place]
+    graph.initializer.sort(key=lambda item: order[item.name])
+
+
 def _copies_last(graph: onnx.GraphProto) -> None:
     """Of two outputs that are the same value, of which tf2onnx copies either, let the first be the value itself."""
     copied = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Identity"}
     places = {item.name: index for index, item in enumerate(graph.output)}
-    for copy, value in copied.items():
-        if copy in places and value in places and places[copy] < places[value]:
-            graph.output[places[copy]].name, graph.output[places[value]].name = value, copy
+    for same, value in copied.items():
+        if same in places and value in places and places[same] < places[value]:
+            graph.output[places[same]].name, graph.output[places[value]].name = value, same
 
 
 def _layer(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> str:

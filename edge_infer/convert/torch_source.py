@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ class TorchModel:
     arrange: Arrange
     scripted: bool = False
     exported: Any = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(int(tensor.nbytes) for tensor in (*self.module.parameters(), *self.module.buffers()))
 
     def tuple_module(self) -> FlatOutputs:
         """The module with positional inputs and a flat tuple of outputs, as engines have it."""
@@ -177,7 +182,8 @@ def _load_pickle(path: Path, request: dict[str, Any]) -> torch.nn.Module:
 def _load_state(path: Path, factory: str) -> torch.nn.Module:
     module = build(factory)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, as the network has a copy of its own; the format from before torch 1.6 cannot be.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # UnpicklingError and others; the sentence names the cause
         raise ConversionError(f"PyTorch cannot load {path} as a state dict: {first_line(error)}") from error
     if not isinstance(state, Mapping):

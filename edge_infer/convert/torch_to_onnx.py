@@ -16,38 +16,46 @@ from edge_infer.convert import onnx_graphs, spec_from_json, torch_source
 from edge_infer.convert.onnx_graphs import OPSET
 from edge_infer.convert.torch_source import TorchModel, causes
 from edge_infer.errors import ConversionError, EdgeInferError, NotApplicable
+from edge_infer.manifest import TensorSpec
 
-#: The exporter writes larger weights to a file beside the model: one protobuf message holds at most 2 GiB.
-LARGEST_INLINE_BYTES = 2**30
+#: Larger weights the exporter writes to a file beside the model, where it would have them in memory twice more.
+LARGEST_INLINE_BYTES = 2**26
+
+
+Exporter = Callable[[TorchModel, list[probe.Feed], list[str], Path], list[str]]
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:
     return by(export, request)
 
 
-def by(
-    exporter: Callable[[TorchModel, list[probe.Feed], list[str], Path], list[str]],
-    request: dict[str, Any],
-) -> dict[str, Any]:
+def by(exporter: Exporter, request: dict[str, Any]) -> dict[str, Any]:
     """Convert with ``exporter(model, feeds, names of outputs, path)``, which gives notes."""
-    model = torch_source.load(request["from"])
     outputs = [spec_from_json(row) for row in request["outputs"]]
-    feeds = probe.load_feeds(Path(request["feeds"]))
     folder = Path(request["out"])
-    raw = folder / "raw"  # one file, or with weights of 2 GiB and more, many
+    raw = folder / "raw"  # one file, or with large weights many
     raw.mkdir()
+    # When this returns, the network's memory is free again.
+    inputs, notes = _export(exporter, request, [spec.name for spec in outputs], raw / "model.onnx")
+    path = onnx_graphs.finish(onnx.load(raw / "model.onnx"), folder / "model.onnx", inputs, outputs)
+    shutil.rmtree(raw)
+    tools = {"torch": torch.__version__, "onnx": onnx.__version__}
+    return {"details": {"model": str(path), **({"notes": notes} if notes else {})}, "tools": tools}
+
+
+def _export(
+    exporter: Exporter, request: dict[str, Any], names: list[str], path: Path
+) -> tuple[list[TensorSpec], list[str]]:
+    """Write ``path``; gives the model's inputs and the exporter's notes."""
+    model = torch_source.load(request["from"])
+    feeds = probe.load_feeds(Path(request["feeds"]))
     try:
-        notes = exporter(model, feeds, [spec.name for spec in outputs], raw / "model.onnx")
-        made = onnx.load(raw / "model.onnx")
+        return model.inputs, exporter(model, feeds, names, path)
     except EdgeInferError:
         raise
     except Exception as error:
         args = torch_source.examples(model, feeds)
         raise explain(error, lambda operator: torch_source.layer(model, args, operator)) from error
-    path = onnx_graphs.finish(made, folder / "model.onnx", model.inputs, outputs)
-    shutil.rmtree(raw)
-    tools = {"torch": torch.__version__, "onnx": onnx.__version__}
-    return {"details": {"model": str(path), **({"notes": notes} if notes else {})}, "tools": tools}
 
 
 def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: Path) -> list[str]:
@@ -60,7 +68,7 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
         "dynamo": True,
         "verbose": False,
     }
-    labels["external_data"] = is_large(model)
+    labels["external_data"] = model.weight_bytes > LARGEST_INLINE_BYTES
     if model.exported is not None:  # it knows its dynamic dimensions
         torch.onnx.export(model.exported, (), str(path), **labels)
         return []
@@ -73,13 +81,6 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
             raise torch_source.explain_export(model, error) from error
         raise
     return []
-
-
-def is_large(model: TorchModel) -> bool:
-    """Whether the exporter has to write the weights beside the model."""
-    weights = (*model.module.parameters(), *model.module.buffers())
-    size: int = sum(tensor.nbytes for tensor in weights)
-    return size > LARGEST_INLINE_BYTES
 
 
 def explain(error: BaseException, layer_of: Callable[[str], str] = lambda operator: "") -> ConversionError:

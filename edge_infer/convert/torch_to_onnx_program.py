@@ -34,7 +34,7 @@ def export(model: TorchModel, feeds: list[probe.Feed], names: list[str], path: P
         input_names=[spec.name for spec in model.inputs],
         output_names=names,
         opset_version=OPSET,
-        external_data=torch_to_onnx.is_large(model),
+        external_data=model.weight_bytes > torch_to_onnx.LARGEST_INLINE_BYTES,
         verbose=False,
     )
     return []
