@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """How much memory packaging takes: a model of 500 MB, by every kind of source and format; writes docs/memory.md.
 
-    python scripts/packaging_memory.py [--megabytes 500] [--only SOURCE:FORMAT]... [--docs]      about half an hour
+    python scripts/packaging_memory.py [--megabytes 500] [--only SOURCE:FORMAT]... [--docs]      20 minutes
 
-Each row is one `edge-infer package` with an empty cache: every precision that the cpu target lists for that format,
-with calibration, and any loss of agreement allowed, so that no mixed precision is searched. The figure is the most
-memory that the command and all its children had at one time, pages that several of them share counted once (Pss of
-/proc/PID/smaps_rollup, looked at every tenth of a second), over the size of the source file.
+Each row is one `edge-infer package --precision int8` with calibration and an empty cache: the source is read and asked,
+converted to float32, compared, quantized, compared again, measured. "Memory" is the most that the command and all its
+children had at one time (anonymous pages, looked at every tenth of a second), over the size of the float32 weights.
+"With files" counts pages mapped from files as well, which the kernel drops when it needs them: the programs' own code,
+450 MB of it TensorFlow's, and models that are looked at where they lie. Pages that several processes share count once
+(Pss of /proc/PID/smaps_rollup).
 https://www.kernel.org/doc/html/latest/filesystems/proc.html
 """
 
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,26 +140,37 @@ def package(folder: Path, source: str, format: str) -> dict[str, Any]:
             process = subprocess.Popen(
                 command, stdout=output, stderr=output, env={**os.environ, "EDGE_INFER_CACHE": f"{scratch}/cache"}
             )
-            most, at = watch(process)
+            most = watch(process)
         words = log.read_text("utf-8", "replace").strip().splitlines()
-        report = json.loads(words[-1]) if words and words[-1].startswith("{") else {}
-    size = size_of(path)
+    weights = size_of(folder / FILES["torch-state"])
     return {
-        "source": source, "format": format, "bytes": size, "peak_bytes": most, "times": most / size, "at": at,
+        "source": source, "format": format, "bytes": size_of(path), "weight_bytes": weights,
+        "peak_bytes": most.anonymous, "with_files_bytes": most.all, "times": most.anonymous / weights, "at": most.at,
         "seconds": time.monotonic() - begun, "status": process.returncode,
-        "words": "" if process.returncode == 0 else words[-1][:500], "chosen": report.get("chosen"),
+        "words": "" if process.returncode == 0 else words[-1][:500],
     }  # fmt: skip
 
 
-def watch(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """The most memory of a process and its descendants until it ends, and which call then ran."""
-    most, at = 0, ""
+@dataclass
+class Most:
+    """The most memory of each kind, in bytes, and which call had most of the anonymous at that time."""
+
+    anonymous: int = 0
+    all: int = 0
+    at: str = ""
+
+
+def watch(process: subprocess.Popen[bytes]) -> Most:
+    """The most memory of a process and its descendants until it ends."""
+    most = Most()
     while process.poll() is None:
-        used = {pid: pss(pid) for pid in family(process.pid)}
-        if sum(used.values()) > most:
-            most, at = sum(used.values()), call_of(max(used, key=lambda pid: used[pid]))
+        used = {pid: memory_of(pid) for pid in family(process.pid)}
+        anonymous = sum(row["Pss_Anon"] + row["Pss_Shmem"] for row in used.values())
+        most.all = max(most.all, sum(row["Pss"] for row in used.values()))
+        if anonymous > most.anonymous:
+            most.anonymous, most.at = anonymous, call_of(max(used, key=lambda pid: used[pid]["Pss_Anon"]))
         time.sleep(POLL_S)
-    return most, at
+    return most
 
 
 def family(pid: int) -> list[int]:
@@ -170,12 +184,16 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def pss(pid: int) -> int:
+def memory_of(pid: int) -> dict[str, int]:
+    kinds = dict.fromkeys(("Pss", "Pss_Anon", "Pss_Shmem"), 0)
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except OSError:  # it ended meanwhile
+        return kinds
+    for name, _, rest in (line.partition(":") for line in lines):
+        if name in kinds:
+            kinds[name] = 1024 * int(rest.split()[0])
+    return kinds
 
 
 def call_of(pid: int) -> str:
@@ -191,25 +209,24 @@ def call_of(pid: int) -> str:
         return ""
 
 
-def page(rows: list[dict[str, Any]], megabytes: float) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
+    weights = rows[0]["weight_bytes"] / 1e6
     lines = [
         "# Memory of packaging",
         "",
-        f"Made by `python scripts/packaging_memory.py --docs`: a dense float32 network of {megabytes:.0f} MB to each "
-        "format in",
-        "every precision, with calibration and an empty cache. Peak is the most that the command and all its children "
-        "had in",
-        f"memory at one time, shared pages counted once; the goal is less than {GOAL:g} times the source.",
+        f"Made by `python scripts/packaging_memory.py --docs`, which says what is measured: a dense network with "
+        f"{weights:.0f} MB of",
+        f"float32 weights becomes an int8 bundle. The goal is less than {GOAL:g} times the weights.",
         "",
-        "| from | to | source | peak | times | reached in |",
-        "|---|---|---:|---:|---:|---|",
+        "| from | to | source | memory | times the weights | with files | most in |",
+        "|---|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         missed = "" if row["times"] < GOAL else " (missed)"
         failed = f" (status {row['status']}: {row['words']})" if row["status"] else ""
         lines.append(
             f"| {row['source']} | {row['format']} | {row['bytes'] / 1e6:.0f} MB | {row['peak_bytes'] / 1e6:.0f} MB "
-            f"| {row['times']:.2f}{missed} | {row['at']}{failed} |"
+            f"| {row['times']:.2f}{missed} | {row['with_files_bytes'] / 1e6:.0f} MB | `{row['at']}`{failed} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -229,7 +246,7 @@ def main() -> None:
                 continue
             rows.append(package(Path(folder), source, format))
             print(json.dumps(rows[-1]), flush=True)
-    text = page(rows, args.megabytes)
+    text = page(rows)
     print(text)
     if args.docs:
         (ROOT / "docs" / "memory.md").write_text(text)

@@ -21,7 +21,10 @@ TORCH_MODELS = str(Path(__file__).with_name("torch_models.py"))
 
 
 def torch_steps(request: Json) -> Json:
-    """For each case (name, file, kind, factory, inputs, steps): its contract and what each step gives, or its error."""
+    """For each case (name, file, kind, factory, inputs, steps): its contract and what each step gives, or its error.
+
+    One whose name begins with "large" goes to TFLite as large models do.
+    """
     return {case["name"]: _torch_case(case, Path(request["folder"]) / case["name"]) for case in request["cases"]}
 
 
@@ -32,6 +35,10 @@ def _torch_case(case: Json, folder: Path) -> Json:
     source = {"source": case["file"], "kind": case["kind"], "factory": case.get("factory"), "inputs": case["inputs"]}
     source |= {"signature": None, "trust_pickle": False, "out": str(folder), **NO_SAMPLES}
     model = torch_source.load(source)
+    if "torch_to_tflite" in case["steps"]:
+        from edge_infer.convert import torch_to_tflite
+
+        torch_to_tflite.LARGE_BYTES = 0 if case["name"].startswith("large") else 2**62
     contract = ask_source(source, model.inputs, model.run)
     return {**contract, **{step: run(step, source, contract, folder) for step in case["steps"]}}
 

@@ -19,6 +19,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from torch import nn
 
 from edge_infer import worker
+from edge_infer.deploy.receiver import cpu_features
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.quantize import onnx as builder
 from edge_infer.quantize.onnx_age import lower_versions, oldest_engine, opset
@@ -26,7 +27,8 @@ from edge_infer.quantize.onnx_graph import name_nodes, sort_nodes
 
 IMAGE = {"name": "image", "dtype": "float32", "shape": [None, 1, 8, 8]}
 PRECISIONS = ("float32", "float16", "int8-dynamic", "int8-weights", "int4-weights", "int8")
-VNNI = ["avx2", "fma", "avx512_vnni"]
+#: These models are run here: where the processor has no VNNI, weights of 8 bits would overflow on it.
+HERE = ["avx512_vnni"] if {"avx512_vnni", "avx_vnni"} & set(cpu_features()) else ["avx2"]
 Array = np.ndarray[Any, Any]
 Build = Callable[..., Path]
 
@@ -41,7 +43,7 @@ def request(model: Path, out: Path, precision: str, inputs: list[dict[str, Any]]
         for index, array in enumerate(samples):
             np.save(folder / f"{index}.npy", array)
         samples = {"samples": str(folder), "indices": list(range(len(samples[0]))), "ranges": "minmax"}
-    target = {"architecture": "x86_64", "cpu_features": VNNI, "page_size_bytes": 4096} | more.pop("target", {})
+    target = {"architecture": "x86_64", "cpu_features": HERE, "page_size_bytes": 4096} | more.pop("target", {})
     return {
         "from": {"model": str(model)},
         "out": str(out),

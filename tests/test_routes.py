@@ -56,6 +56,8 @@ TFLITE_CASES: dict[str, tuple[str, str, list[Json], str]] = {
     "two in, four out": ("TokensAndFeatures", "state", TOKENS, ""),
     "image": ("Lenet", "state", IMAGE, ""),
     "attention": ("Encoder", "state", IDS, ""),
+    "large image": ("Lenet", "state", IMAGE, ""),
+    "large attention": ("Encoder", "state", IDS, ""),
     "scalar and mask": ("GainAndMask", "state", GAIN, ""),
     "four steps": ("Recurrent", "state", FOUR_STEPS, ""),
     "scripted": ("GainAndMask", "script", GAIN, ""),

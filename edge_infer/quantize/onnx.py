@@ -92,8 +92,9 @@ def _int8_dynamic(source: Path, folder: Path, request: dict[str, Any]) -> onnx.M
     """
     model = onnx.load(prepared(source, folder))
     target = request["target"]
-    count = onnx_weights.make_lstm_dynamic(model)
-    count += onnx_weights.make_dynamic(model, not saturates(target["architecture"], target["cpu_features"]))
+    signed = not saturates(target["architecture"], target["cpu_features"])
+    count = onnx_weights.make_lstm_dynamic(model, signed)
+    count += onnx_weights.make_dynamic(model, signed)
     count += onnx_weights.store_tables(model)
     count += onnx_weights.store_int8(model, {*CONVOLUTIONS, *RECURRENT})
     onnx_weights.refuse_unless(

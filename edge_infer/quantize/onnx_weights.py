@@ -173,8 +173,11 @@ def make_dynamic(model: onnx.ModelProto, signed: bool) -> int:
     return count
 
 
-def make_lstm_dynamic(model: onnx.ModelProto) -> int:
-    """LSTM on int8, a scale a gate's row, activations quantized while running; gives how many layers there were."""
+def make_lstm_dynamic(model: onnx.ModelProto, signed: bool) -> int:
+    """LSTM on int8, a scale a gate's row, activations quantized while running; gives how many layers there were.
+
+    ``signed``: as in ``make_dynamic``.
+    """
     weights = {tensor.name: tensor for tensor in model.graph.initializer if _is_weight(tensor)}
     tensors: dict[str, list[onnx.TensorProto]] = {}
     nodes: list[onnx.NodeProto] = []
@@ -183,7 +186,7 @@ def make_lstm_dynamic(model: onnx.ModelProto) -> int:
             nodes.append(node)
             continue
         for name in node.input[1:3]:
-            tensors[name] = tensors.get(name) or _coded_gates(weights[name])
+            tensors[name] = tensors.get(name) or _coded_gates(weights[name], signed)
         matrices, parameters = zip(*((tensors[name][0], tensors[name][1:]) for name in node.input[1:3]), strict=True)
         others = [*node.input[3:8], *[""] * (8 - max(3, len(node.input)))]
         names = [tensor.name for tensor in matrices], [tensor.name for pair in parameters for tensor in pair]
@@ -198,12 +201,12 @@ def make_lstm_dynamic(model: onnx.ModelProto) -> int:
     return count
 
 
-def _coded_gates(tensor: onnx.TensorProto) -> list[onnx.TensorProto]:
+def _coded_gates(tensor: onnx.TensorProto, signed: bool) -> list[onnx.TensorProto]:
     """Codes [directions, inputs, gates], scales and zero points [directions, gates] of [directions, gates, inputs]."""
     codes, scale = int8_codes(numpy_helper.to_array(tensor), (0, 1))
     scale = scale[..., 0]
-    turned = np.ascontiguousarray(codes.transpose(0, 2, 1))
-    parts = {"int8": turned, "scale": scale, "zero_point": np.zeros(scale.shape, np.int8)}
+    codes, zeros = _shifted(codes, scale, signed)
+    parts = {"int8": np.ascontiguousarray(codes.transpose(0, 2, 1)), "scale": scale, "zero_point": zeros}
     return [numpy_helper.from_array(part, f"{tensor.name}#{key}") for key, part in parts.items()]
 
 
@@ -273,12 +276,17 @@ def _packed(tensor: onnx.TensorProto, turned: bool, bits: int) -> list[onnx.Tens
 def _coded(tensor: onnx.TensorProto, turned: bool, signed: bool) -> list[onnx.TensorProto]:
     """Codes, scales and zero points of a matrix, one a column."""
     codes, scale = int8_codes(_matrix(tensor, turned), (1,))
-    if not signed:
-        codes = (codes.astype(np.int16) + 128).astype(np.uint8)
-    zeros = np.full(scale.size, 0 if signed else 128, codes.dtype)
+    codes, zeros = _shifted(codes, scale.reshape(-1), signed)
     name = f"{tensor.name}#turned" if turned else tensor.name
     parts = {f"{name}#int8": codes, f"{name}#scale": scale.reshape(-1), f"{name}#zero_point": zeros}
     return [numpy_helper.from_array(part, key) for key, part in parts.items()]
+
+
+def _shifted(codes: Array, scale: Array, signed: bool) -> tuple[Array, Array]:
+    """Codes as int8 or uint8, and the zero point of each scale."""
+    if not signed:
+        codes = (codes.astype(np.int16) + 128).astype(np.uint8)
+    return codes, np.full(scale.shape, 0 if signed else 128, codes.dtype)
 
 
 def _matrix(tensor: onnx.TensorProto, turned: bool) -> Array:

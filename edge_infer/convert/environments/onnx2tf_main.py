@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES = -3, 2**20
 
 
 def main(folder: Path) -> None:
     # Whoever waits for the answer may be killed; nobody would end this process then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Copies of all weights are made and dropped one after the other; the C library would keep the memory.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
     request = json.loads((folder / "request.json").read_text())
     try:
         answer = convert(request)
