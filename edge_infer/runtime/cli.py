@@ -61,7 +61,8 @@ def print_plain(answer: dict[str, Any], indent: str = "") -> None:
             else:
                 print(f"{indent}{key:<{width}}  {', '.join(map(str, value)) or '-'}")
         else:
-            print(f"{indent}{key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+            shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{indent}{key:<{width}}  {shown}")
 
 
 def report(args: argparse.Namespace) -> int:
