@@ -44,7 +44,7 @@ STEPS = {
     ("torchscript", "tflite"): ("edge_infer.convert.torchscript_to_tflite",),
     ("tflite", "onnx"): ("edge_infer.convert.tflite_to_onnx",),
 }
-#: Longer ways add nothing but rounding and time.
+#: Longer ways add nothing but rounding and time; a SavedModel's LSTM needs this many.
 MOST_STEPS = 3
 
 #: The options that samples come with, for messages.

@@ -142,7 +142,8 @@ def _number(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) ->
     numbers = [known.get(item) if isinstance(item, fx.Node) else item for item in node.args[:2]]
     if _name(node) in COPIES:
         return numbers[0]
-    function = ARITHMETIC.get(_name(node))
+    scaled = any(factor != 1 for factor in (*node.args[2:], node.kwargs.get("alpha", 1)))
+    function = None if scaled else ARITHMETIC.get(_name(node))
     if _name(node) == "div" and node.kwargs.get("rounding_mode") in ("trunc", "floor"):
         function = operator.floordiv  # sizes are not negative
     if function is None or len(numbers) < 2 or None in numbers:
