@@ -176,6 +176,7 @@ class TestLimits:
         assert main(arguments) == EXIT_NOTHING_FITS
         told = capsys.readouterr().err
         assert "nothing fits cpu-x86_64: nearest is onnx" in told and "(--max-size)" in told
+        assert "Time and memory: this machine" in told
         assert all(f"onnx {precision} " in told for precision in ("int8", "float32", "float16", "int8-dynamic"))
 
 

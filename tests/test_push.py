@@ -327,6 +327,8 @@ def test_push_status_and_rollback_by_command(device, onnx, onnx_int8, capsys):
     assert main(["push", str(onnx.path), *device.arguments, *python]) == 0
     assert main(["push", str(onnx_int8.path), *device.arguments, *python]) == 0
     assert f"replacing {onnx.digest[:12]}" in capsys.readouterr().out
+    assert main(["push", str(onnx_int8.path), *device.arguments, *python]) == 0
+    assert f"digits is {onnx_int8.digest[:12]} as before; sent 0 B" in capsys.readouterr().out
     assert main(["status", *device.arguments, *python]) == 0
     assert onnx_int8.digest[:12] in capsys.readouterr().out
     address, *options = device.arguments

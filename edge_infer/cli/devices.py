@@ -102,12 +102,17 @@ def show_push(answer: dict[str, Any]) -> None:
             print("\n".join(f"  {step}" for step in row["steps"]))
         else:
             engine = row["report"]["engine"]
-            replaced = f", replacing {row['replaced'][:12]}" if row["replaced"] else ""
             print(
-                f"{row['address']}: {answer['name']} is {row['digest'][:12]}{replaced}; sent "
+                f"{row['address']}: {answer['name']} is {row['digest'][:12]}{_instead_of(row)}; sent "
                 f"{console.size(row['sent_bytes'])}, self-test passed on {engine['package']} {engine['version']} "
                 f"({engine['provider']})"
             )
+
+
+def _instead_of(pushed: dict[str, Any]) -> str:
+    if pushed["replaced"] == pushed["digest"]:
+        return " as before"
+    return f", replacing {pushed['replaced'][:12]}" if pushed["replaced"] else ""
 
 
 def call_status(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from edge_infer.cli import console
 from edge_infer.cli.devices import add_ssh_options, ssh_options
@@ -178,7 +179,7 @@ def _explained(log: Path, verbose: bool) -> Any:
         raise
     except LimitError as error:
         if error.record is not None:
-            console.print_table(*text.table(error.record), file=sys.stderr)
+            _print_candidates(error.record, sys.stderr)
         raise
     finally:
         if verbose:
@@ -186,20 +187,20 @@ def _explained(log: Path, verbose: bool) -> Any:
 
 
 def show(answer: dict[str, Any]) -> None:
-    columns, rows = text.table(answer)
-    console.print_table(columns, rows)
-    print()
+    _print_candidates(answer, sys.stdout)
     print(f"{answer['bundle']}: {text.summary(answer)}")
     for row in answer["candidates"]:
         if row["status"] == "chosen" and row["kept_float"]:
             layers = row["kept_float"]["layers"]
             print(f"in float: {', '.join(layers)}; {row['kept_float']['share_of_weights']:.1%} of the weights")
-    for row in answer["candidates"]:
-        if row["status"] == "chosen" and row["throttled"]:
-            print("note: the processor was throttled while this was timed; see the report")
     for name in answer["blind"]:
         print(
             f"note: the self-test is blind for output {name!r}: it hardly changes between the golden inputs; "
             "give real samples with --calibration, or see whether the model ignores its input"
         )
     print(f"report: {answer['report']}")
+
+
+def _print_candidates(record: Mapping[str, Any], file: TextIO) -> None:
+    console.print_table(*text.table(record), file=file)
+    print(*text.notes(record), "", sep="\n", file=file)

@@ -26,6 +26,11 @@ def summary(record: Record) -> str:
     return _plain(" ".join((verdict.headline, *verdict.more)))
 
 
+def notes(record: Record) -> list[str]:
+    """Sentences on where, how long and under which conditions candidates were timed."""
+    return [_plain(note) for note in facts.timing_notes(record)]
+
+
 def _row(record: Record, item: Record) -> list[str]:
     final = facts.final_score(item)
     answer, samples = final or ({}, "")
