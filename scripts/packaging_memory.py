@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "docs" / "memory.json"
 GOAL = 4.0
 POLL_S = 0.1
 WIDTH = 2048
@@ -231,11 +232,19 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows`` in place of those of the same source and format in the docs."""
+    known = {(row["source"], row["format"]): row for row in [*json.loads(DATA.read_text()), *rows]}
+    return [known[row] for row in ROWS if row in known]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--only", action="append", metavar="SOURCE:FORMAT")
-    parser.add_argument("--docs", action="store_true", help="write docs/memory.md and docs/memory.json")
+    parser.add_argument(
+        "--docs", action="store_true", help="write docs/memory.md and .json; with --only, change those rows"
+    )
     args = parser.parse_args()
     rows = []
     (ROOT / "build").mkdir(exist_ok=True)
@@ -246,11 +255,13 @@ def main() -> None:
                 continue
             rows.append(package(Path(folder), source, format))
             print(json.dumps(rows[-1]), flush=True)
+    if args.only and args.docs:
+        rows = merged(rows)
     text = page(rows)
     print(text)
     if args.docs:
         (ROOT / "docs" / "memory.md").write_text(text)
-        (ROOT / "docs" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+        DATA.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,6 @@ def tensorflow_steps(request: Json) -> Json:
     import keras
     import tensorflow as tf
 
-    from edge_infer.convert import saved_model_to_onnx
-
     keras.utils.set_random_seed(5)
     layers, folder = keras.layers, Path(request["folder"])
     image = keras.Input((8, 8, 3), name="image")
@@ -85,13 +83,52 @@ def tensorflow_steps(request: Json) -> Json:
         module = tf.Module()
         module.call = function
         answers[name] = _tensorflow_case(module, [("x", "float32", (None, 4))], folder / name)
-    saved_model_to_onnx.LARGE_BYTES = 0
-    answers["vision"]["large"] = run(
-        "saved_model_to_onnx", answers["vision"]["form"], _contract(answers["vision"]), folder / "vision", "large"
-    )
-    for name in ("vision", "gate"):
+    answers["tied"] = _tensorflow_case(_tied_weights(), [("ids", "int32", (None, 3))], folder / "tied")
+    for name in ("vision", "gate", "tied"):
         _tflites(folder / name, answers[name])
+    _as_large_models(folder, answers)
     return answers
+
+
+def _tied_weights() -> Any:
+    """One table looked up in, and multiplied with as it is and transposed; another read twice."""
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.words = tf.Variable(tf.random.stateless_normal((16, 16), (1, 2)))
+    module.twice = tf.Variable(tf.random.stateless_normal((16, 5), (3, 4)))
+
+    def call(ids: Any) -> dict[str, Any]:
+        words = tf.gather(tf.convert_to_tensor(module.words), ids)
+        mixed = tf.matmul(tf.reshape(words, (-1, 16)), module.words)
+        scores = tf.matmul(mixed, module.words, transpose_b=True)
+        return {"scores": scores, "two": tf.matmul(scores, module.twice) + tf.reduce_sum(module.twice)}
+
+    module.call = tf.function(call, [tf.TensorSpec((None, 3), tf.int32, name="ids")])
+    return module
+
+
+def _as_large_models(folder: Path, answers: Json) -> None:
+    """To ONNX once more as models go that have many weights; ``aside`` tells how many of them no converter saw."""
+    from edge_infer.convert import frozen_graphs, saved_model_to_onnx, tflite_to_onnx
+
+    put_back, counted = saved_model_to_onnx.put_back, []
+
+    def count(model: Any, weights: Json) -> None:
+        counted.append(len(weights))
+        put_back(model, weights)
+
+    frozen_graphs.SMALLEST_BYTES = tflite_to_onnx.SMALLEST_BYTES = 0
+    for module in (saved_model_to_onnx, tflite_to_onnx):
+        module.LARGE_BYTES, module.put_back = 0, count
+    for name in ("vision", "language", "tied"):
+        contract, form = _contract(answers[name]), answers[name]["form"]
+        answers[name]["large"] = run("saved_model_to_onnx", form, contract, folder / name, "large")
+        answers[name]["aside"] = counted[-1]
+    for name in ("vision", "tied"):
+        contract, form = _contract(answers[name]), {"model": str(folder / name / "float.tflite")}
+        answers[name]["large.tflite"] = run("tflite_to_onnx", form, contract, folder / name, "large_lite")
+        answers[name]["aside.tflite"] = counted[-1]
 
 
 def _contract(answer: Json) -> Json:

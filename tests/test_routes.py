@@ -210,7 +210,7 @@ def test_a_length_between_those_converted_works_too(tflite_answers: tuple[Path, 
         np.testing.assert_allclose(ask({"ids": ids})["output"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["vision", "language", "gate"])
+@pytest.mark.parametrize("case", ["vision", "language", "gate", "tied"])
 def test_saved_model_to_onnx_answers_as_the_source(tensorflow_answers: tuple[Path, Json], case: str) -> None:
     folder, answers = tensorflow_answers
     path = answers[case]["onnx"]["details"]["model"]
@@ -222,17 +222,26 @@ def test_saved_model_to_onnx_answers_as_the_source(tensorflow_answers: tuple[Pat
     assert dims == [row["shape"] for row in answers[case]["inputs"]]
 
 
-def test_saved_model_to_onnx_of_a_large_model(tensorflow_answers: tuple[Path, Json]) -> None:
-    """The way for models over 2 GB, with a small one."""
+LARGE = [("vision", "large", 3), ("vision", "large.tflite", 3), ("language", "large", 2), ("tied", "large", 1)]
+
+
+@pytest.mark.parametrize(("case", "way", "aside"), [*LARGE, ("tied", "large.tflite", 3)])
+def test_weights_of_large_models_are_set_aside(
+    tensorflow_answers: tuple[Path, Json], case: str, way: str, aside: int
+) -> None:
+    """What is done with many weights, done with few."""
     folder, answers = tensorflow_answers
-    assert worst(folder / "vision", ask_onnx(answers["vision"]["large"]["details"]["model"])) < TOLERANCE
+    path = answers[case][way]["details"]["model"]
+    assert worst(folder / case, ask_onnx(path)) < TOLERANCE
+    assert answers[case][way.replace("large", "aside")] == aside
+    assert [item.name for item in onnx.load(path).graph.input] == [row["name"] for row in answers[case]["inputs"]]
 
 
 def test_saved_model_to_onnx_refuses_an_unknown_operator(tensorflow_answers: tuple[Path, Json]) -> None:
     assert "operator Betainc" in tensorflow_answers[1]["strange"]["onnx"]["error"]
 
 
-@pytest.mark.parametrize("case", ["vision", "gate"])
+@pytest.mark.parametrize("case", ["vision", "gate", "tied"])
 def test_tflite_to_onnx_answers_as_the_source(tensorflow_answers: tuple[Path, Json], case: str) -> None:
     folder, answers = tensorflow_answers
     assert worst(folder / case, ask_onnx(answers[case]["float.tflite"]["details"]["model"])) < TOLERANCE

@@ -11,7 +11,9 @@ import onnx
 import tensorflow as tf
 
 from edge_infer.convert import onnx_graphs, spec_from_json
+from edge_infer.convert.frozen_graphs import freeze
 from edge_infer.convert.onnx_graphs import OPSET
+from edge_infer.convert.set_aside import LARGE_BYTES, put_back
 from edge_infer.convert.tf2onnx_graphs import canonical, explain, refuse_leftovers, tf2onnx
 from edge_infer.errors import EdgeInferError
 from edge_infer.manifest import TensorSpec
@@ -27,8 +29,6 @@ def _erfc(context: Any, node: Any, name: str, arguments: Any) -> None:
     context.replace_inputs(node, [one.output[0], erf.output[0]])
 
 
-#: More weights than that are kept out of the messages on the way: they would be in memory a dozen times.
-LARGE_BYTES = 2**27
 #: TensorFlow operators that tf2onnx lacks.
 HANDLERS: dict[str, Any] = {"Erfc": (_erfc, [])}
 
@@ -79,21 +79,44 @@ def _function(source: dict[str, Any], inputs: list[TensorSpec], outputs: list[Te
 def to_onnx(function: Any, inputs: list[TensorSpec], large: bool = False) -> onnx.ModelProto:
     """``large`` keeps weights out of the protobuf messages on the way, which hold at most 2 GiB."""
     specs = [tf.TensorSpec(spec.shape, spec.dtype, name=f"input_{index}") for index, spec in enumerate(inputs)]
-    try:
-        made, storage = tf2onnx.convert.from_function(
-            function, specs, opset=OPSET, large_model=large, custom_op_handlers=HANDLERS
+    concrete = function.get_concrete_function(*specs)
+    if large:
+        made = _large(concrete)
+    else:
+        try:
+            made, _ = tf2onnx.convert.from_function(function, specs, opset=OPSET, custom_op_handlers=HANDLERS)
+        except ValueError as error:
+            if not re.search("maximum protobuf size|string too long", str(error)):
+                raise
+            made = _large(concrete)
+    _hold_constants(made, concrete)
+    converted: onnx.ModelProto = made
+    return converted
+
+
+def _large(concrete: Any) -> onnx.ModelProto:
+    """What ``tf2onnx.convert.from_function`` does, with large weights set aside."""
+    frozen = freeze(concrete)
+    inputs = [tensor.name for tensor in concrete.inputs if tensor.dtype != tf.resource]
+    outputs = [tensor.name for tensor in concrete.outputs if tensor.dtype != tf.resource]
+    with tf.device("/cpu:0"):
+        made, storage = tf2onnx.convert._convert_common(
+            frozen.graph,
+            large_model=True,
+            continue_on_error=True,
+            opset=OPSET,
+            custom_op_handlers=HANDLERS,
+            input_names=[*inputs, *(f"{name}:0" for name in frozen.weights)],
+            output_names=outputs,
+            tensors_to_rename=tf2onnx.convert.tensor_names_from_structed(concrete, inputs, outputs),
         )
-    except ValueError as error:
-        if large or not re.search("maximum protobuf size|string too long", str(error)):
-            raise
-        return to_onnx(function, inputs, large=True)
-    for tensor in _tensors(made.graph) if storage else ():
+    for tensor in _tensors(made.graph):
         for entry in tensor.external_data:
             if entry.key == "location":
                 tensor.raw_data = storage.name_to_tensor_data[entry.value]
         del tensor.external_data[:]
         tensor.ClearField("data_location")
-    _hold_constants(made, function.get_concrete_function(*specs))
+    put_back(made, {f"{name}:0": array for name, array in frozen.weights.items()})
     converted: onnx.ModelProto = made
     return converted
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import tensorflow as tf
+from ai_edge_litert.schema_py_generated import TensorType
 
 from edge_infer.convert import onnx_graphs, spec_from_json, tflite_files
 from edge_infer.convert.onnx_graphs import OPSET
+from edge_infer.convert.set_aside import LARGE_BYTES, SMALLEST_BYTES, put_back
 from edge_infer.convert.tf2onnx_graphs import canonical, explain, refuse_leftovers, tf2onnx
 from edge_infer.convert.tflite_precision import precision_of
 from edge_infer.errors import ConversionError, EdgeInferError
@@ -39,6 +41,8 @@ def _gelu(context: Any, node: Any, name: str, arguments: Any) -> None:
     context.replace_inputs(node, [half, operator("Add", gate, constant(1))])
 
 
+#: Operator -> the inputs that can be weights which tf2onnx does not look into.
+TAKES = {"FULLY_CONNECTED": (1,), "BATCH_MATMUL": (1,), "GATHER": (0,)}
 #: TFLite operators that tf2onnx lacks.
 HANDLERS: dict[str, Any] = {"TFL_GELU": (_gelu, [])}
 
@@ -56,7 +60,9 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         )
     tflite_files.operators(model)
     raw = work / "raw.tflite"
-    tflite_files.write(_plainly_named(model), raw)
+    _plainly_named(model)
+    weights = _set_aside(model) if Path(source["model"]).stat().st_size > LARGE_BYTES else {}
+    tflite_files.write(model, raw)
     try:
         made, _ = tf2onnx.convert.from_tflite(str(raw), opset=OPSET, custom_op_handlers=HANDLERS)
     except EdgeInferError:
@@ -64,6 +70,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # tf2onnx raises what its handlers trip over
         raise explain(error) from error
     raw.unlink()
+    put_back(made, weights)
     refuse_leftovers(made, "TFL_")
     canonical(made)
     _rename(made, model)
@@ -74,7 +81,31 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     return {"details": {"model": str(path)}, "tools": tools}
 
 
-def _plainly_named(model: Any) -> Any:
+def _set_aside(model: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Make inputs of large weights that tf2onnx does not look into; gives what they hold by their names."""
+    graph = model.subgraphs[0]
+    uses: dict[int, list[bool]] = {}
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        places = TAKES.get(tflite_files.NAMES[tflite_files.operator_code(code)], ())
+        for place, index in enumerate(operator.inputs):
+            uses.setdefault(index, []).append(place in places)
+    weights = {}
+    for index, tensor in enumerate(graph.tensors):
+        data = model.buffers[tensor.buffer].data
+        if (
+            data is not None
+            and len(data) > SMALLEST_BYTES
+            and tensor.type == TensorType.FLOAT32
+            and all(uses.get(index, [False]))
+        ):
+            weights[tensor.name.decode()] = np.frombuffer(data, "<f4").reshape(tensor.shape)
+            tensor.buffer = 0  # the one that is empty
+            graph.inputs = [*graph.inputs, index]
+    return weights
+
+
+def _plainly_named(model: Any) -> None:
     """tf2onnx tells tensors by name: each gets its own, inputs and outputs those that ``_rename`` looks for."""
     signature = tflite_files.only_signature(model)
     if signature.subgraphIndex:
@@ -86,7 +117,6 @@ def _plainly_named(model: Any) -> Any:
     for prefix, entries in (("output", signature.outputs), ("input", signature.inputs)):
         for index, entry in enumerate(entries):
             tensors[entry.tensorIndex].name = f"edge_infer_{prefix}_{index}".encode()
-    return model
 
 
 def _rename(made: onnx.ModelProto, model: Any) -> None:
