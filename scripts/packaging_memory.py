@@ -36,6 +36,7 @@ ROWS = (
     ("keras", "tflite"),
     ("keras", "onnx"),
     ("saved-model", "tflite"),
+    ("saved-model", "onnx"),
     ("torch-state", "onnx"),
     ("torch-state", "tflite"),
     ("torch-state", "torchscript"),
