@@ -206,7 +206,9 @@ def call_of(pid: int) -> str:
             request = json.loads(Path(words[words.index("edge_infer.worker") + 1], "request.json").read_text())
             precision = request["request"].get("precision", "")
             return f"{request['call'].removeprefix('edge_infer.')} {precision}".strip()
-        return Path(words[-2]).name if len(words) > 1 else ""
+        if "-m" in words:
+            return words[words.index("-m") + 1]
+        return next((Path(word).stem for word in words if word.endswith(".py")), Path(words[0]).name)
     except (OSError, ValueError):
         return ""
 
