@@ -204,3 +204,28 @@ def specs(*rows: tuple[str, str, tuple[int | None, ...]]) -> list[Json]:
     from edge_infer.manifest import TensorSpec
 
     return [json.loads(json.dumps(spec_to_json(TensorSpec(*row)))) for row in rows]
+
+
+def sizes(request: Json) -> Json:
+    """A model that puts shapes together from sizes, as the converter leaves it and simplified; operators of each."""
+    import tensorflow as tf
+
+    from edge_infer.convert import tflite_files, tflite_shapes
+
+    def call(x: Any) -> dict[str, Any]:
+        batch, length = tf.shape(x)[0], tf.shape(x)[1]
+        flat = tf.reshape(tf.reduce_mean(x, 1), [batch, 2, 4])  # one size is open
+        return {"flat": flat, "pairs": tf.reshape(x, [batch, length, 2, 4]) * 2}  # two are
+
+    folder = Path(request["folder"])
+    module = tf.Module()
+    module.call = tf.function(call, [tf.TensorSpec((None, None, 8), tf.float32, name="x")])
+    tf.saved_model.save(module, str(folder / "sizes"), signatures=module.call.get_concrete_function())
+    (folder / "before.tflite").write_bytes(tf.lite.TFLiteConverter.from_saved_model(str(folder / "sizes")).convert())
+    model = tflite_files.read(folder / "before.tflite")
+    before = tflite_files.operators(model)
+    tflite_shapes.simplify(model)
+    tflite_files.write(model, folder / "after.tflite")
+    codes = [model.operatorCodes[operator.opcodeIndex] for operator in model.subgraphs[0].operators]
+    kinds = [tflite_files.NAMES[tflite_files.operator_code(code)] for code in codes]
+    return {"before": before, "after": kinds}

@@ -381,3 +381,18 @@ def test_scripted_code_of_unknown_rank_is_explained_by_operator_and_layer() -> N
     said = str(torch_to_onnx.explain(ValueError(words)))
     assert said.startswith("the operator transpose in layer encoder.attn has another ONNX form for each number of dim")
     assert said.endswith("package the network itself, or use --format torchscript")
+
+
+def test_a_shape_with_one_open_size_is_a_constant(tmp_path: Path) -> None:
+    """What computed it is gone, and what two open sizes need stays."""
+    answer = child("sizes", {}, tmp_path)
+    assert {"SHAPE", "PACK", "RESHAPE"} <= set(answer["before"])
+    assert answer["after"].count("RESHAPE") == 2 and answer["after"].count("PACK") == 1
+    before, after = (
+        ask_tflite(tmp_path / f"{name}.tflite", "serving_default", OpResolverType.AUTO) for name in ("before", "after")
+    )
+    for batch, length in ((1, 1), (3, 5), (2, 7)):
+        x = np.random.default_rng(length).random((batch, length, 8), dtype=np.float32)
+        for name, want in before({"x": x}).items():
+            assert after({"x": x})[name].shape == want.shape
+            np.testing.assert_array_equal(after({"x": x})[name], want)

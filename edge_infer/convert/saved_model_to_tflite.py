@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.lite.python import lite
 from tensorflow.python.saved_model import loader_impl
 
-from edge_infer.convert import tflite_files
+from edge_infer.convert import tflite_files, tflite_shapes
 from edge_infer.errors import ConversionError
 
 MODEL = "model.tflite"
@@ -26,6 +26,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         raise explain(error) from error
     model = tflite_files.read(content)
     tflite_files.operators(model)
+    tflite_shapes.simplify(model)
     tflite_files.strip(model)
     path = Path(request["out"]) / MODEL
     tflite_files.write(model, path)
