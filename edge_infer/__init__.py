@@ -10,11 +10,12 @@ Importing this package imports neither numpy nor an engine; ``load`` does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from edge_infer.errors import EdgeInferError
 
+TYPE_CHECKING = False  # importing it from typing would take longer than all the rest
 if TYPE_CHECKING:
+    from typing import Any
+
     from edge_infer.runtime.session import Session, load
 
 __all__ = ["EdgeInferError", "Session", "__version__", "load"]

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -20,6 +19,9 @@ from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, OutOfM
 
 #: A model that has not answered its few golden questions by then never will.
 TIMEOUT_S = 120.0
+
+#: Lets an engine write what it likes to standard error: a crash's last words are read there.
+ENGINE_WORDS = "EDGE_INFER_ENGINE_WORDS"
 
 SIGNALS = {
     signal.SIGKILL: "it was killed, most likely for lack of memory",
@@ -43,6 +45,8 @@ def run_child(
     python: str, arguments: List[str], timeout_s: float = TIMEOUT_S, environment: Optional[Mapping[str, str]] = None
 ) -> Dict[str, Any]:
     """``python -m edge_infer ARGUMENTS --json`` and its JSON answer. Raises as ``self_test``."""
+    import subprocess  # here, since its import takes longer than opening a model
+
     command = [python, "-m", "edge_infer", *arguments, "--json"]
     try:
         # From the root folder: the current one is on the child's module path and may hold anything.
@@ -53,7 +57,7 @@ def run_child(
             stderr=subprocess.PIPE,
             cwd="/",
             timeout=timeout_s,
-            env={**os.environ, **environment} if environment else None,
+            env={**os.environ, ENGINE_WORDS: "1", **(environment or {})},
             check=False,
         )
     except OSError as error:

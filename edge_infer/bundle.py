@@ -118,30 +118,45 @@ def verify(
     """
     if mode not in VERIFY_MODES:
         raise UsageError(f"verify={mode!r} is not known, expected one of {', '.join(VERIFY_MODES)}")
-    before = _stamps(bundle)
     stamp = stamp_dir / f"{bundle.digest}.verified" if stamp_dir else None
+
+    def inspect_bundle() -> None:
+        if inspect:
+            inspect(bundle)
+
+    return verify_files(bundle.path, bundle.manifest.files, mode, stamp, inspect_bundle)
+
+
+def verify_files(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    mode: str,
+    stamp: Optional[Path],
+    inspect: Callable[[], None],
+) -> bool:
+    """``verify`` for files of any folder; ``stamp`` is the file that remembers. Raises BundleError, OSError."""
+    before = _stamps(folder, files)
     if mode == "auto" and stamp and _read_stamp(stamp) == before:
         return False
     started = time.time_ns()
-    for name, entry in sorted(bundle.manifest.files.items()):
-        observed = hash_file(bundle.file(name))
+    for name, entry in sorted(files.items()):
+        observed = hash_file(folder / name)
         if observed != entry.sha256:
             raise BundleError(
-                f"{bundle.file(name)} has SHA-256 {observed[:16]}..., expected {entry.sha256[:16]}...: the file is "
+                f"{folder / name} has SHA-256 {observed[:16]}..., expected {entry.sha256[:16]}...: the file is "
                 "damaged; package or push the model again"
             )
-    if inspect:
-        inspect(bundle)
+    inspect()
     newest = max(max(row[3:]) for row in before.values())
-    if stamp and _stamps(bundle) == before and newest < started - SETTLED_NS:
+    if stamp and _stamps(folder, files) == before and newest < started - SETTLED_NS:
         _write_stamp(stamp, before)
     return True
 
 
-def _stamps(bundle: Bundle) -> Dict[str, List[int]]:
+def _stamps(folder: Path, names: Iterable[str]) -> Dict[str, List[int]]:
     rows = {}
-    for name in bundle.manifest.files:
-        info = os.lstat(bundle.file(name))
+    for name in names:
+        info = os.lstat(folder / name)
         rows[name] = [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
     return rows
 

@@ -7,7 +7,9 @@ Messages are one sentence a user can act on: what was observed, what was expecte
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+TYPE_CHECKING = False  # importing it from typing would take longer than all the rest
+if TYPE_CHECKING:
+    from typing import Any, Mapping, Optional
 
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1

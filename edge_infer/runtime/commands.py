@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from edge_infer import bundle as bundles
-from edge_infer.errors import InputError, UsageError
+from edge_infer.bundle import Bundle
+from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.manifest import SetScore
 from edge_infer.runtime import memory, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
-from edge_infer.runtime.engines import check_model, engine_module
+from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
 from edge_infer.runtime.golden import read_golden, self_test
 from edge_infer.runtime.session import Session, find_bundle, load
+from edge_infer.runtime.threads import default_threads
 
 Source = str | os.PathLike[str]
 
@@ -75,6 +77,27 @@ def selftest(source: Source) -> dict[str, Any]:
     with load(source) as session:
         worst = self_test(session)
         return {"engine": dataclasses.asdict(session.info), "largest_difference": worst}
+
+
+def prepare(path: Path, folder: Path) -> dict[str, Any]:
+    """Fill ``folder`` with what the engine makes of the model once, and ask it the golden questions.
+
+    Raises EngineError, SelfTestFailed, InputError where the engine cannot be used in that way.
+    """
+    bundle = bundles.open_bundle(path)
+    bundles.verify(bundle, mode="full", inspect=check_model)
+    _require_different_sizes(bundle)
+    with Session(bundle, prepare_engine(bundle, EngineOptions(default_threads()), folder)) as session:
+        return {"largest_difference": self_test(session)}
+
+
+def _require_different_sizes(bundle: Bundle) -> None:
+    """An engine that does not see how sizes follow from each other shows it only when they change."""
+    cases = [asked for asked, _ in read_golden(bundle)]
+    for spec in bundle.manifest.inputs:
+        for axis, size in enumerate(spec.shape):
+            if size is None and len({asked[spec.name].shape[axis] for asked in cases}) < 2:
+                raise EngineError(f"all golden questions have the same size of {spec} in dimension {axis}")
 
 
 def run(source: Source, inputs: Path | None, output: Path | None) -> dict[str, Any]:

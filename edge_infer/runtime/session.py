@@ -14,6 +14,7 @@ from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
+from edge_infer.runtime import memory
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
 from edge_infer.runtime.threads import default_threads
 from edge_infer.store import Store, default_root, is_model_name, store_of
@@ -35,7 +36,8 @@ def load(
     ``"digits"`` is a name, anything with a separator or ending in ``.edge`` and any ``Path`` is a path.
     ``threads`` defaults to the cores this process may use. ``verify="auto"`` hashes the files once and then
     trusts them until device, inode, length or times change; ``"full"`` always hashes. ``cache_dir`` is where that
-    is remembered (default: the store's ``cache``). ``providers`` overrides the bundle's order of accelerators.
+    is remembered, and where an engine keeps what it makes of a model once (default: the store's ``cache``); the first
+    open of a large model makes it, in a child process. ``providers`` overrides the bundle's order of accelerators.
 
     Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
     OutOfMemory.
@@ -47,7 +49,9 @@ def load(
         raise UsageError(f"providers={providers!r}, expected a tuple of {', '.join(PROVIDERS)} or None")
     cache = Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
     bundles.verify(bundle, verify, cache, check_model)
-    return Session(bundle, open_engine(bundle, EngineOptions(threads or default_threads(), providers)))
+    engine = open_engine(bundle, EngineOptions(threads or default_threads(), providers, cache, verify))
+    memory.give_back()
+    return Session(bundle, engine)
 
 
 def find_bundle(source: str | os.PathLike[str]) -> Bundle:

@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_infer.errors import EngineError, EngineMissing, OutOfMemory
@@ -38,10 +39,15 @@ OUT_OF_MEMORY_WORDS = ("bad_alloc", "out of memory", "Failed to allocate", "can'
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to open a model. ``providers=None`` takes the bundle's own order."""
+    """How to open a model.
+
+    ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next.
+    """
 
     threads: int
     providers: tuple[str, ...] | None = None
+    cache: Path | None = None
+    verify: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,17 @@ def open_engine(bundle: Bundle, options: EngineOptions) -> Engine:
         raise
     except Exception as error:  # engines raise whatever they like
         raise engine_error(error, f"cannot open {bundle.path}") from error
+    return engine
+
+
+def prepare_engine(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:
+    """Open ``bundle`` so that the engine leaves in ``folder`` what later opens map. May crash: for a child."""
+    try:
+        engine: Engine = engine_module(bundle).prepare(bundle, options, folder)
+    except (EngineError, EngineMissing):
+        raise
+    except Exception as error:
+        raise engine_error(error, f"cannot prepare {bundle.path}") from error
     return engine
 
 

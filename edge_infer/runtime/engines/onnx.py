@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_infer.errors import BundleError, EngineError
+from edge_infer.runtime import engine_cache
+from edge_infer.runtime.engine_cache import Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
 from edge_infer.runtime.onnx_files import external_locations
 
@@ -18,6 +21,15 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "cpu": "CPUExecutionProvider",
+}
+
+
+#: In the engine cache: the optimized model, and how it is written.
+MODEL = "model.onnx"
+KEEPING = {
+    "save_external_prepacked_constant_initializers": "1",
+    "optimized_model_external_initializers_file_name": "weights.bin",
+    "optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
 
 
@@ -46,11 +58,51 @@ def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
     package = "onnxruntime-gpu" if PROVIDERS["cuda"] in available else "onnxruntime"
     require_version(bundle, package, version)
     providers, notes = _providers(bundle, options, available)
-    session = onnxruntime.InferenceSession(
-        str(bundle.file(bundle.manifest.artifact.model)), session_options(bundle, options.threads), providers=providers
-    )
+    model, settings = bundle.file(bundle.manifest.artifact.model), session_options(bundle, options.threads)
+    if options.cache is not None and _repacks(bundle) and providers == [PROVIDERS["cpu"]]:
+        entry = _repacked(bundle, package, options)
+        if entry.failed:
+            notes = (*notes, f"weights are repacked in private memory: {entry.failed}")
+        else:
+            model = entry.file(MODEL)
+            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
+    session = onnxruntime.InferenceSession(str(model), settings, providers=providers)
     used = {value: name for name, value in PROVIDERS.items()}[session.get_providers()[0]]
     return OnnxEngine(bundle, session, EngineInfo(package, version, used, options.threads, notes))
+
+
+def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
+    """Leave in ``folder`` the model as it was optimized for this processor, its repacked weights in a file beside it.
+
+    The engine that is given opened those files, as later opens do.
+    https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#onnx-runtime-prepacked-weights
+    """
+    onnxruntime = import_engine(bundle)
+    settings = session_options(bundle, options.threads)
+    settings.optimized_model_filepath = str(folder / MODEL)
+    for name, value in KEEPING.items():
+        settings.add_session_config_entry(f"session.{name}", value)
+    onnxruntime.InferenceSession(
+        str(bundle.file(bundle.manifest.artifact.model)), settings, providers=[PROVIDERS["cpu"]]
+    )
+    settings = session_options(bundle, options.threads)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(folder / MODEL), settings, providers=[PROVIDERS["cpu"]])
+    return OnnxEngine(bundle, session, EngineInfo("onnxruntime", onnxruntime.__version__, "cpu", options.threads))
+
+
+def _repacks(bundle: Bundle) -> bool:
+    """Whether ONNX Runtime would repack enough weights of this bundle to keep them."""
+    return bundle.manifest.artifact.prepack and engine_cache.worth_it(bundle)
+
+
+def _repacked(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as library
+
+    facts = {"engine": package, "version": onnxruntime.__version__, "build": engine_build(Path(library.__file__))}
+    assert options.cache is not None
+    return engine_cache.entry(bundle, options.cache, facts, options.verify)
 
 
 def session_options(bundle: Bundle, threads: int) -> Any:

@@ -5,12 +5,23 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_infer.errors import EngineError, InputError
-from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+from edge_infer.runtime.engines import (
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    engine_error,
+    litert,
+    missing,
+    require_version,
+)
+from edge_infer.runtime.quiet import quiet
 
 if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
@@ -19,17 +30,28 @@ if TYPE_CHECKING:
 PACKAGES = (("ai-edge-litert", "ai_edge_litert.interpreter"), ("tflite-runtime", "tflite_runtime.interpreter"))
 
 
-def open_model(bundle: Bundle, options: EngineOptions) -> TFLiteEngine:
-    package, module = import_engine(bundle)
-    version = _version(package, module)
-    require_version(bundle, package, version)
+def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
     if options.providers and "cpu" not in options.providers:
-        raise EngineError(f"{package} runs on the CPU only; leave the choice to the bundle or allow 'cpu' as well")
-    # The file is mapped by its path, and unlike CompiledModel.from_file the interpreter verifies the flatbuffer.
-    interpreter = module.Interpreter(
-        model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
-    )
-    return TFLiteEngine(bundle, interpreter, EngineInfo(package, version, "cpu", options.threads))
+        raise EngineError("TFLite runs on the CPU only; leave the choice to the bundle or allow 'cpu' as well")
+    notes: tuple[str, ...] = ()
+    if options.cache is not None and litert.suits(bundle):
+        info = _info(bundle, options, *PACKAGES[0])
+        entry = litert.repacked(bundle, info.version, options.cache, options.verify)
+        if not entry.failed:
+            return litert.CompiledEngine(bundle, info, entry.file(litert.WEIGHTS))
+        notes = (f"weights are repacked in private memory: {entry.failed}",)
+    package, module = import_engine(bundle)
+    # The file is mapped by its path, and unlike the compiled model the interpreter verifies the flatbuffer.
+    with quiet():
+        interpreter = module.Interpreter(
+            model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
+        )
+        return TFLiteEngine(bundle, interpreter, replace(_info(bundle, options, package, module.__name__), notes=notes))
+
+
+def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:
+    """Open the model with an engine that leaves in ``folder`` what later opens map. May crash: for a child."""
+    return litert.CompiledEngine(bundle, _info(bundle, options, *PACKAGES[0]), folder / litert.WEIGHTS)
 
 
 def import_engine(bundle: Bundle) -> tuple[str, Any]:
@@ -43,14 +65,16 @@ def import_engine(bundle: Bundle) -> tuple[str, Any]:
     raise missing(bundle, ImportError("; ".join(reasons)))
 
 
-def _version(package: str, module: Any) -> str:
-    """The package's own word; importlib.metadata would know as well, but its import takes longer than a load."""
-    version = getattr(importlib.import_module(module.__name__.split(".")[0]), "__version__", None)
+def _info(bundle: Bundle, options: EngineOptions, package: str, module: str) -> EngineInfo:
+    """What is going to run the model. Raises EngineError when it is too old for that."""
+    # The package's own word; importlib.metadata would know as well, but its import takes longer than a load.
+    version = getattr(importlib.import_module(module.split(".", maxsplit=1)[0]), "__version__", None)
     if version is None:
         from importlib.metadata import version as installed
 
         version = installed(package)
-    return str(version)
+    require_version(bundle, package, str(version))
+    return EngineInfo(package, str(version), "cpu", options.threads)
 
 
 class TFLiteEngine:
@@ -87,7 +111,8 @@ class TFLiteEngine:
             return
         for index, shape in zip(self._inputs, shapes):
             self._interpreter.resize_tensor_input(index, shape)
-        self._interpreter.allocate_tensors()
+        with quiet():
+            self._interpreter.allocate_tensors()
         self._shapes = shapes
 
     def close(self) -> None:

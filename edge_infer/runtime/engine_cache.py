@@ -1,0 +1,178 @@
+"""What an engine makes of a model once and maps from then on: weights in the order that its kernels read.
+
+    <cache>/<bundle digest>.<key>/      made aside and renamed, never changed afterwards
+      <files of the engine>
+      entry.json                        their lengths and hashes, what the key was made from, what went wrong
+    <cache>/<bundle digest>.<key>.verified
+
+An engine does not notice that such a file was made of another model, by another version or for another processor, and
+answers wrongly without a word. So the key is made from all of these, and the files are hashed like those of a bundle
+before an engine sees them. Nothing here is required: without it a model is opened the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_infer.bundle import Bundle, describe_files, sync_directory, sync_file, verify_files
+from edge_infer.errors import BundleError, EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
+from edge_infer.manifest import FileEntry
+
+ENTRY_NAME = "entry.json"
+#: Changes when what is made, or how, changes in a way that the key does not show.
+FORMAT = 1
+#: Of /proc/cpuinfo: all of a board's, the first processors of a server's. Reading it is slow where there are many.
+CPUINFO_BYTES = 16384
+#: For a smaller bundle there is nothing to save that would be worth a child.
+SMALLEST_BYTES = 2**20
+#: A child that has not opened a model and asked its golden questions by then hangs.
+CHILD_S = 120.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was made. ``failed``: the sentence why nothing was."""
+
+    path: Path
+    files: Mapping[str, FileEntry]
+    failed: str = ""
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+class EngineCache:
+    """The entries of one bundle for one engine in ``folder``."""
+
+    def __init__(self, folder: Path, digest: str, facts: Mapping[str, str]) -> None:
+        self.facts = {"format": str(FORMAT), "bundle": digest, **machine(), **facts}
+        key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"{digest}.{key}"
+
+    def find(self, verify: str = "auto") -> Entry | None:
+        """The entry, its files verified; None where there is none, and where it is damaged, which removes it."""
+        try:
+            entry = self._read()
+            verify_files(entry.path, entry.files, verify, self._stamp, lambda: None) if entry.files else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, BundleError):
+            self.remove()
+            return None
+        return entry
+
+    def build(self, make: Callable[[Path], str]) -> Entry:
+        """Let ``make`` fill a folder, and keep it.
+
+        ``make`` gives an empty text, or the sentence why this model has no such files, which is kept in their place so
+        that it is not tried at each load. It raises OSError for what may pass, such as a full disk; so does a folder
+        that cannot be written, and nothing is kept then. Of two processes that build the same, the first one's stays.
+        """
+        import shutil  # here, since its import takes longer than opening a model
+
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            failed = make(aside)
+            self._seal(aside, failed)
+            with contextlib.suppress(OSError):  # not empty: another process was faster
+                aside.rename(self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            return Entry(self.path, {}, str(error))
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return self.find() or Entry(self.path, {}, f"what was built in {self.path} is gone again")
+
+    def remove(self) -> None:
+        """Forget the entry; a damaged one must not be seen half removed either."""
+        import shutil
+
+        doomed = self.path.with_name(f".{self.path.name}.{os.getpid()}.removed")
+        with contextlib.suppress(OSError):
+            self.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    @property
+    def _stamp(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.verified")
+
+    def _read(self) -> Entry:
+        row = json.loads((self.path / ENTRY_NAME).read_bytes())
+        if row["facts"] != self.facts:
+            raise ValueError("made from something else")
+        files = {name: FileEntry(int(size), str(sha256)) for name, (size, sha256) in row["files"].items()}
+        return Entry(self.path, files, str(row["failed"]))
+
+    def _seal(self, folder: Path, failed: str) -> None:
+        names = [] if failed else sorted(os.listdir(folder))
+        files = describe_files(folder, names)
+        row = {
+            "facts": self.facts,
+            "failed": failed,
+            "files": {name: [entry.size, entry.sha256] for name, entry in files.items()},
+        }
+        (folder / ENTRY_NAME).write_text(json.dumps(row, indent=1, sort_keys=True))
+        for name in [*names, ENTRY_NAME]:
+            sync_file(folder / name)
+        sync_directory(folder)
+
+
+def worth_it(bundle: Bundle) -> bool:
+    """Whether a bundle is so large that an entry saves time and memory."""
+    return bundle.manifest.size >= SMALLEST_BYTES
+
+
+def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str) -> Entry:
+    """The entry of ``bundle`` in ``folder`` for an engine with these ``facts``, made when it is not there."""
+    cache = EngineCache(folder, bundle.digest, facts)
+    return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside))
+
+
+def prepare_in_child(bundle: Bundle, folder: Path) -> str:
+    """Let a child open the bundle with an engine that fills ``folder``, and ask it the golden questions.
+
+    Gives an empty text, or the sentence why it must not be tried again. Raises OSError for what may pass.
+    """
+    from edge_infer import admission
+
+    try:
+        admission.run_child(sys.executable, ["prepare", str(bundle.path.absolute()), str(folder)], CHILD_S)
+    except (EngineError, InputError, SelfTestFailed) as error:
+        if isinstance(error, OutOfMemory):
+            raise OSError(str(error)) from error
+        return str(error)
+    except EdgeInferError as error:
+        raise OSError(str(error)) from error
+    return ""
+
+
+def machine() -> dict[str, str]:
+    """What of this machine decides which kernels an engine picks."""
+    return {"machine": os.uname().machine, "processor": _processor()}
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open("rb", buffering=0) as file:
+            text = file.read(CPUINFO_BYTES)
+    except OSError:
+        return ""
+    # What changes from moment to moment, as the clock does, is no part of it.
+    kinds = (b"flags", b"Features", b"model name", b"CPU part", b"CPU implementer", b"CPU variant", b"isa")
+    lines = sorted({line for line in text.splitlines() if line.startswith(kinds)})
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+def engine_build(library: Path) -> str:
+    """Tells builds of the same version apart: length and time of an engine's library."""
+    info = library.stat()
+    return f"{info.st_size} {info.st_mtime_ns}"
