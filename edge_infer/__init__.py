@@ -16,9 +16,10 @@ TYPE_CHECKING = False  # importing it from typing would take longer than all the
 if TYPE_CHECKING:
     from typing import Any
 
+    from edge_infer.runtime.pool import Pool
     from edge_infer.runtime.session import Session, load
 
-__all__ = ["EdgeInferError", "Session", "__version__", "load"]
+__all__ = ["EdgeInferError", "Pool", "Session", "__version__", "load"]
 __version__ = "0.1.0"
 
 
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from edge_infer.runtime import session
 
         return getattr(session, name)
+    if name == "Pool":
+        from edge_infer.runtime.pool import Pool
+
+        return Pool
     raise AttributeError(f"module 'edge_infer' has no attribute {name!r}")

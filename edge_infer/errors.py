@@ -40,6 +40,10 @@ class SessionClosed(EdgeInferError, RuntimeError):
     """The session was used after ``close()``."""
 
 
+class QueueFull(EdgeInferError, RuntimeError):
+    """More requests are waiting than the pool takes."""
+
+
 class LimitError(EdgeInferError):
     """The model does not fit the target; the message names the figure and the limit.
 

@@ -310,7 +310,7 @@ def hold(way: str, case: str, threads: int) -> None:
     """Import, tell the memory, open and run, tell it again; at a word from standard input each."""
     array, _ = question(case)
     load, caller = opened(way, case, threads)
-    from edge_infer.runtime.memory import shared_bytes
+    from edge_infer.runtime.memory import proportional_bytes
 
     for step in ("imported", "open"):
         if step == "open":
@@ -320,7 +320,7 @@ def hold(way: str, case: str, threads: int) -> None:
             caller(model)(array)
         print(step, flush=True)
         sys.stdin.readline()
-        print(shared_bytes(), flush=True)
+        print(proportional_bytes(), flush=True)
         sys.stdin.readline()
 
 

@@ -27,7 +27,7 @@ def peak_bytes() -> int:
     return _kilobytes("/proc/self/status")["VmHWM"] * 1024
 
 
-def shared_bytes() -> int:
+def proportional_bytes() -> int:
     """What this process adds to the machine's use of memory: pages that it shares count in part (Pss)."""
     return _kilobytes("/proc/self/smaps_rollup")["Pss"] * 1024
 

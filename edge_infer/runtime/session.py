@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,8 @@ from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
 from edge_infer.runtime import memory
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
+from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
+from edge_infer.runtime.stats import Recorder, Stats
 from edge_infer.runtime.threads import default_threads
 from edge_infer.store import Store, default_root, is_model_name, store_of
 
@@ -29,6 +32,7 @@ def load(
     verify: str = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     providers: tuple[str, ...] | None = None,
+    residency: str = "lazy",
 ) -> Session:
     """Open a bundle.
 
@@ -38,6 +42,8 @@ def load(
     trusts them until device, inode, length or times change; ``"full"`` always hashes. ``cache_dir`` is where that
     is remembered, and where an engine keeps what it makes of a model once (default: the store's ``cache``); the first
     open of a large model makes it, in a child process. ``providers`` overrides the bundle's order of accelerators.
+    ``residency="lazy"`` reads weights from the storage when they are first used, ``"prefault"`` now, and ``"lock"``
+    keeps them in memory as well.
 
     Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
     OutOfMemory.
@@ -47,11 +53,19 @@ def load(
         raise UsageError(f"threads={threads!r}, expected a whole number of at least 1 or None")
     if providers is not None and (isinstance(providers, str) or not set(providers) <= set(PROVIDERS)):
         raise UsageError(f"providers={providers!r}, expected a tuple of {', '.join(PROVIDERS)} or None")
+    if residency not in RESIDENCIES:
+        raise UsageError(f"residency={residency!r} is not known, expected one of {', '.join(RESIDENCIES)}")
     cache = Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
     bundles.verify(bundle, verify, cache, check_model)
     engine = open_engine(bundle, EngineOptions(threads or default_threads(), providers, cache, verify))
     memory.give_back()
-    return Session(bundle, engine)
+    session = Session(bundle, engine, (bundle.path, *cache.glob(f"{bundle.digest}.*")))
+    try:
+        {"lazy": lambda files: None, "prefault": prefault, "lock": lock}[residency](session.files)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def find_bundle(source: str | os.PathLike[str]) -> Bundle:
@@ -64,13 +78,16 @@ def find_bundle(source: str | os.PathLike[str]) -> Bundle:
 class Session:
     """An open model. May be used from several threads; use it as a context manager or call ``close()``."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, files: tuple[Path, ...] = ()) -> None:
         self.bundle = bundle
+        #: What may be mapped: the bundle, and what the engine made of it.
+        self.files = files or (bundle.path,)
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self._engine: Engine | None = engine
         self._dtypes = [np.dtype(spec.dtype) for spec in self.inputs]
         self._names = {spec.name for spec in self.inputs}
+        self._recorder = Recorder()
 
     @property
     def info(self) -> EngineInfo:
@@ -83,13 +100,30 @@ class Session:
         Raises InputError (before the engine sees anything), SessionClosed, EngineError, OutOfMemory.
         """
         engine = self._open_engine()
-        arrays = self._checked(inputs)
+        started = time.perf_counter()
         try:
-            results = engine.run(arrays)
+            results = engine.run(self._checked(inputs))
         except Exception:
+            self._recorder.failed()
             self._open_engine()  # another thread may have closed the session meanwhile; then that is the error
             raise
+        self._recorder.answered(time.perf_counter() - started)
         return {spec.name: result for spec, result in zip(self.outputs, results)}
+
+    def memory(self) -> Memory:
+        """What the process has of the model's files in memory, and its private memory; see ``Memory``."""
+        found = mappings(self.files) if self._engine is not None else []
+        resident = sum(mapping.resident for mapping in found)
+        return Memory(
+            private=memory.private_bytes(),
+            mapped=sum(mapping.end - mapping.start for mapping in found),
+            resident=resident,
+            shared=resident - sum(mapping.changed for mapping in found),
+        )
+
+    def stats(self) -> Stats:
+        """How many answers this session gave, how many calls failed, and how long the latest took."""
+        return self._recorder.stats()
 
     def __call__(self, array: Array) -> Array:
         """``run`` for a model with one input and one output."""
