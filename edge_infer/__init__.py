@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
     from edge_infer.runtime.pool import Pool
     from edge_infer.runtime.session import Session, load
+    from edge_infer.runtime.verify import verify
 
-__all__ = ["EdgeInferError", "Pool", "Session", "__version__", "load"]
+__all__ = ["EdgeInferError", "Pool", "Session", "__version__", "load", "verify"]
 __version__ = "0.1.0"
 
 
+#: Name -> the module that has it, imported when it is asked for.
+_LAZY = {"Pool": "pool", "Session": "session", "load": "session", "verify": "verify"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Session", "load"):
-        from edge_infer.runtime import session
+    if name in _LAZY:
+        import importlib
 
-        return getattr(session, name)
-    if name == "Pool":
-        from edge_infer.runtime.pool import Pool
-
-        return Pool
+        return getattr(importlib.import_module(f"edge_infer.runtime.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'edge_infer' has no attribute {name!r}")

@@ -33,12 +33,16 @@ SIGNALS = {
 }
 
 
-def self_test(bundle: Path, python: str, timeout_s: float = TIMEOUT_S) -> Dict[str, Any]:
+def self_test(
+    bundle: Path, python: str, timeout_s: float = TIMEOUT_S, memory_bytes: Optional[int] = None
+) -> Dict[str, Any]:
     """Let ``python`` open the bundle with its own engine and ask the golden questions; gives its report.
 
-    Raises SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
+    ``memory_bytes`` is the most private memory that the child may take, Python and engine included; mapped files do
+    not count. Raises SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
     """
-    return run_child(python, ["selftest", str(bundle.absolute())], timeout_s)
+    limit = [] if memory_bytes is None else ["--max-memory", str(memory_bytes)]
+    return run_child(python, ["selftest", str(bundle.absolute()), *limit], timeout_s)
 
 
 def run_child(
@@ -81,7 +85,7 @@ def _killed(number: int, words: str) -> EdgeInferError:
         reason = SIGNALS.get(signal.Signals(number), "it was stopped from outside")
     except ValueError:
         name, reason = f"signal {number}", "it was stopped from outside"
-    kind = OutOfMemory if number == signal.SIGKILL else SelfTestFailed
+    kind = OutOfMemory if number == signal.SIGKILL or _short_of_memory(words) else SelfTestFailed
     return kind(f"the process that opened the model ended with {name}: {reason}{_tail(words)}")
 
 
@@ -102,7 +106,13 @@ def _no_answer(python: str, status: int, words: str) -> EdgeInferError:
     if absent:
         name = absent.group(1).replace("_", "-")
         return EngineMissing(f"{name} is not installed for {python}; install it: {python} -m pip install edge-infer")
-    return SelfTestFailed(f"{python} -m edge_infer ended with status {status} and no answer{_tail(words)}")
+    kind = OutOfMemory if _short_of_memory(words) else SelfTestFailed
+    return kind(f"{python} -m edge_infer ended with status {status} and no answer{_tail(words)}")
+
+
+def _short_of_memory(words: str) -> bool:
+    """What Python, C++ and the dynamic linker say when they get no memory."""
+    return bool(re.search(r"MemoryError|bad_alloc|[Cc]annot allocate memory|failed to map segment", words))
 
 
 def _tail(words: str) -> str:
@@ -117,6 +127,10 @@ def describe(error: BaseException) -> Dict[str, str]:
 
 def rebuild(row: Mapping[str, Any]) -> EdgeInferError:
     """The typed error behind ``describe``'s row; DeviceError for a type that this version does not know."""
+    if row.get("type") == "MemoryError":
+        return OutOfMemory(
+            f"the process that opened the model got no memory: {row.get('message') or 'no more is left'}"
+        )
     kind = getattr(errors, str(row.get("type")), None)
     if not (isinstance(kind, type) and issubclass(kind, EdgeInferError)):
         return DeviceError(f"{row.get('type')}: {row.get('message')}")

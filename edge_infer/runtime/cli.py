@@ -91,6 +91,15 @@ def _fail(args: argparse.Namespace, error: BaseException, status: int) -> int:
     return status
 
 
+def _selftest(args: argparse.Namespace) -> Any:
+    if args.max_memory:
+        import resource
+
+        # Private memory; RLIMIT_AS would count mapped weights as well.
+        resource.setrlimit(resource.RLIMIT_DATA, (args.max_memory, args.max_memory))
+    return _commands().selftest(args.bundle)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     program = "python -m edge_infer"
     parser = argparse.ArgumentParser(prog=program, description="Look at, verify, run and time model bundles.")
@@ -101,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     selftest = commands.add_parser("selftest", help="open with this device's engine and ask the golden questions")
     selftest.add_argument("bundle", type=Path)
     selftest.add_argument("--json", action="store_true")
-    selftest.set_defaults(call=lambda args: _commands().selftest(args.bundle), show=print_plain)
+    selftest.add_argument("--max-memory", type=positive, metavar="BYTES", help="private memory, Python's own included")
+    selftest.set_defaults(call=_selftest, show=print_plain)
     prepare = commands.add_parser("prepare", help="make what the engine maps from then on (`load` does it by itself)")
     prepare.add_argument("bundle", type=Path)
     prepare.add_argument("folder", type=Path)
