@@ -95,9 +95,12 @@ def make_keras(net: str, path: Path) -> None:
     options = {"activation": "relu", "kernel_initializer": "he_normal"}
     if net.startswith("dense"):
         widths = dense_widths(NETWORKS[net])
-        layers = [keras.Input((widths[0],), batch_size=1), *(keras.layers.Dense(width, **options) for width in widths)]
+        layers = [
+            keras.Input((widths[0],), batch_size=1, name="input"),
+            *(keras.layers.Dense(width, **options) for width in widths),
+        ]
     else:
-        layers = [keras.Input((SIDE, SIDE, 3), batch_size=1)]
+        layers = [keras.Input((SIDE, SIDE, 3), batch_size=1, name="input")]
         for index, width in enumerate(conv_widths(NETWORKS[net])):
             layers.append(keras.layers.Conv2D(width, 3, padding="same", **options))
             layers += [keras.layers.MaxPool2D()] if index % 2 else []
@@ -111,8 +114,7 @@ def make_samples(net: str, framework: str, path: Path) -> None:
 
     shape = (SIDE, SIDE, 3) if framework == "keras" else (3, SIDE, SIDE)
     shape = (dense_widths(NETWORKS[net])[0],) if net.startswith("dense") else shape
-    names = {"keras": "keras_tensor", "torch": "input"}
-    np.savez(path, **{names[framework]: np.random.default_rng(1).standard_normal((8, *shape)).astype(np.float32)})
+    np.savez(path, input=np.random.default_rng(1).standard_normal((8, *shape)).astype(np.float32))
 
 
 def source_of(net: str, format: str) -> tuple[Path, Path]:

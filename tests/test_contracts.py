@@ -21,6 +21,7 @@ from edge_infer.bundle import Bundle
 from edge_infer.cli.options import parse_input
 from edge_infer.errors import ConversionError
 from edge_infer.package import Request, package
+from edge_infer.runtime.golden import self_test
 
 Arrays = dict[str, np.ndarray]
 Cases = Sequence[tuple[Arrays, Arrays]]
@@ -256,6 +257,39 @@ def test_scripted_control_flow_stays(format: str, tmp_path: Path) -> None:
     if format == "torchscript":
         code = torch.jit.load(str(bundle.file("model.torchscript"))).module.code
         assert "while" in code and "if" in code
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_torchscript_whose_answers_are_all_int8_inside(count: int, tmp_path: Path) -> None:
+    """They become float one by one: at once, the converter makes a list of them that no module may return."""
+
+    class Rectified(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            hidden = torch.relu(self.first(x))
+            return (torch.relu(self.second(hidden)), hidden)[:count]
+
+    torch.manual_seed(3)
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(Rectified().eval(), (torch.ones(2, 16),), dynamic_shapes=({0: rows},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    np.savez(tmp_path / "samples.npz", x=SEEDED.standard_normal((16, 16)).astype(np.float32))
+    request = Request(
+        tmp_path / "net.pt2",
+        "cpu-x86_64",
+        tmp_path / "net.edge",
+        "torchscript",
+        "int8",
+        calibration=tmp_path / "samples.npz",
+        max_drop=0.99,  # of a network that learned nothing
+    )
+    bundle = package(request).bundle
+    assert len(bundle.manifest.outputs) == count
+    with load(bundle.path) as session:
+        self_test(session)
 
 
 def test_a_program_exported_with_keywords_containers_and_constants(tmp_path: Path) -> None:

@@ -60,9 +60,26 @@ def int8(module: Any, request: dict[str, Any]) -> Any:
         with torch.no_grad():
             for feed in samples.feeds(data["indices"]):
                 observed(*(torch.from_numpy(feed[spec.name].copy()) for spec in inputs))
-        return convert_jit(observed)
+        converted = convert_jit(observed)
     except Exception as error:
         raise explain(error) from error
+    _dequantize_each(converted.graph)
+    return converted
+
+
+def _dequantize_each(graph: Any) -> None:
+    """Where all outputs are int8 inside, the converter turns the tuple of them into float at once; that gives a list,
+    and the module cannot be loaded any more. So it is done one by one."""
+    for node in graph.findAllNodes("aten::dequantize"):
+        packed = node.input().node()
+        if packed.kind() == "prim::TupleConstruct":
+            graph.setInsertPoint(node)
+            floats = [graph.insertNode(graph.create("aten::dequantize", [item], 1)) for item in packed.inputs()]
+            outputs = [each.output() for each in floats]
+            made = graph.insertNode(graph.create("prim::TupleConstruct", outputs, 1))
+            made.output().setType(node.output().type())
+            node.output().replaceAllUsesWith(made.output())
+            node.destroy()
 
 
 def int8_dynamic(module: Any, request: dict[str, Any]) -> Any:
