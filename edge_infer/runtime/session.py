@@ -59,9 +59,10 @@ def load(
     bundles.verify(bundle, verify, cache, check_model)
     engine = open_engine(bundle, EngineOptions(threads or default_threads(), providers, cache, verify))
     memory.give_back()
-    session = Session(bundle, engine, (bundle.path, *cache.glob(f"{bundle.digest}.*")))
+    session = Session(bundle, engine, cache)
     try:
-        {"lazy": lambda files: None, "prefault": prefault, "lock": lock}[residency](session.files)
+        if residency != "lazy":
+            {"prefault": prefault, "lock": lock}[residency](session.files)
     except BaseException:
         session.close()
         raise
@@ -78,10 +79,9 @@ def find_bundle(source: str | os.PathLike[str]) -> Bundle:
 class Session:
     """An open model. May be used from several threads; use it as a context manager or call ``close()``."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, files: tuple[Path, ...] = ()) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, cache: Path | None = None) -> None:
         self.bundle = bundle
-        #: What may be mapped: the bundle, and what the engine made of it.
-        self.files = files or (bundle.path,)
+        self._cache = cache
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self._engine: Engine | None = engine
@@ -109,6 +109,12 @@ class Session:
             raise
         self._recorder.answered(time.perf_counter() - started)
         return {spec.name: result for spec, result in zip(self.outputs, results)}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What may be mapped: the bundle, and what the engine made of it."""
+        made = self._cache.glob(f"{self.bundle.digest}.*") if self._cache else ()
+        return (self.bundle.path, *made)
 
     def memory(self) -> Memory:
         """What the process has of the model's files in memory, and its private memory; see ``Memory``."""
