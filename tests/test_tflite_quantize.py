@@ -18,7 +18,7 @@ from tflite_models import Net, weights
 from edge_infer import worker
 from edge_infer.convert import tflite_files, tflite_precision
 from edge_infer.errors import ConversionError, UsageError
-from edge_infer.quantize import ranges, tflite, tflite_releases, tflite_versions
+from edge_infer.quantize import large_tensors, ranges, tflite, tflite_releases, tflite_versions
 from edge_infer.quantize.ranges import Ranges
 
 Arrays = dict[str, np.ndarray]
@@ -507,3 +507,32 @@ def test_memory_does_not_grow_with_what_is_seen(method: str) -> None:
 def test_unknown_ranges_are_refused() -> None:
     with pytest.raises(UsageError, match="no 'kl' ranges, expected one of minmax"):
         Ranges("kl")
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_weights_of_large_convolutions_are_quantized_as_small_ones_are(
+    channels_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quantizer itself fails on more than 32 MiB; here on pieces of 1 KiB, with a scale for each channel."""
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.algorithms.uniform_quantize import uniform_quantize_tensor
+
+    monkeypatch.setattr(uniform_quantize_tensor, "uniform_quantize", uniform_quantize_tensor.uniform_quantize)
+    rng = np.random.default_rng(4)
+    weights = rng.standard_normal((37, 3, 3, 8)).astype(np.float32)
+    axis = 0 if channels_first else 3
+    scales = (rng.random(weights.shape[axis]) / 50 + 0.01).astype(np.float32)
+    parameters = qtyping.UniformQuantParams(
+        num_bits=8, quantized_dimension=axis, scale=scales, zero_point=np.zeros(len(scales), np.int32)
+    )
+    whole = uniform_quantize_tensor.uniform_quantize(weights, parameters)
+    monkeypatch.setattr(large_tensors, "PIECE_BYTES", 1024)
+    large_tensors.mend()
+    large_tensors.mend()
+    np.testing.assert_array_equal(uniform_quantize_tensor.uniform_quantize(weights, parameters), whole)
+    large = np.zeros((1100, 3, 3, 1100), np.float32)
+    monkeypatch.setattr(large_tensors, "PIECE_BYTES", 32 * 1024 * 1024)
+    one = qtyping.UniformQuantParams(
+        num_bits=8, quantized_dimension=0, scale=np.ones(1100, np.float32), zero_point=np.zeros(1100, np.int32)
+    )
+    assert uniform_quantize_tensor.uniform_quantize(large, one).shape == large.shape

@@ -23,7 +23,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from edge_infer.convert import spec_from_json, tflite_files
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.probe import make_feeds
-from edge_infer.quantize import CALIBRATED, tflite_versions
+from edge_infer.quantize import CALIBRATED, large_tensors, tflite_versions
 from edge_infer.quantize.ranges import Ranges
 from edge_infer.samples import Samples
 
@@ -201,6 +201,7 @@ def _by_quantizer(request: dict[str, Any], model: Any, work: Path) -> Any:
     unknown = sorted(set(keep) - set(layers))
     if unknown:
         raise UsageError(f"the TFLite model has no layer {unknown[0]!r} to keep in float; the report names its layers")
+    large_tensors.mend()
     static = request["precision"] in CALIBRATED
     source = work / "float.tflite"
     tflite_files.write(model, source)
