@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -143,16 +144,16 @@ def _to_json(figure: Score | Loss) -> dict[str, Any]:
 
 def bench(request: dict[str, Any]) -> dict[str, Any]:
     """In a child: a bundle's self-test, and its time and memory in a process that does nothing else."""
-    environment = {
-        "EDGE_INFER_HOME": str(Path(request["out"]) / "store"),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    admission.run_child(sys.executable, ["selftest", request["bundle"]], environment=environment)
-    return admission.run_child(
-        sys.executable,
-        ["bench", request["bundle"], "--threads", str(request["threads"])],
-        environment=environment,
-    )
+    modules = os.pathsep.join(path for path in sys.path if path)
+    # What engines keep of large models is not kept with the step: it would be the weights twice more.
+    with tempfile.TemporaryDirectory(dir=request["out"]) as home:
+        environment = {"EDGE_INFER_HOME": home, "PYTHONPATH": modules}
+        admission.run_child(sys.executable, ["selftest", request["bundle"]], environment=environment)
+        return admission.run_child(
+            sys.executable,
+            ["bench", request["bundle"], "--threads", str(request["threads"])],
+            environment=environment,
+        )
 
 
 def bench_on(request: Request, bundle: Bundle, promising: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -27,12 +27,25 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output))
     bench = commands.add_parser("bench", help="load time, latency and memory on this machine")
     bench.add_argument("--threads", type=positive, help="threads of the engine (default: the usable cores)")
-    bench.add_argument("--runs", type=positive, default=200, help="runs at most; it also ends after 2 s")
-    bench.set_defaults(call=lambda args: _commands().bench(args.bundle, args.threads, args.runs))
-    for parser in (info, verify, run, bench):
+    bench.add_argument("--runs", type=positive, default=200, help="runs at most")
+    bench.add_argument("--seconds", type=float, default=2.0, help="it also ends after so long")
+    bench.add_argument("--spinning", action="store_true", default=None, help="let ONNX Runtime's idle threads spin")
+    bench.set_defaults(call=_bench)
+    tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
+    tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
+    tune.set_defaults(call=lambda args: _commands().tune(args.bundle, args.max_memory, _progress))
+    for parser in (info, verify, run, bench, tune):
         parser.add_argument("bundle", help="a bundle's path, or the name of a model in this device's store")
         parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
         parser.set_defaults(show=print_plain)
+
+
+def _bench(args: argparse.Namespace) -> Any:
+    return _commands().bench(args.bundle, args.threads, args.runs, args.seconds, args.spinning)
+
+
+def _progress(step: str) -> None:
+    print(f"  {step}", file=sys.stderr, flush=True)
 
 
 def _commands() -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.manifest import SetScore
-from edge_infer.runtime import memory, thermal
+from edge_infer.runtime import memory, plan, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
 from edge_infer.runtime.golden import read_golden, self_test
-from edge_infer.runtime.session import Session, find_bundle, load
+from edge_infer.runtime.session import Session, cache_of, find_bundle, load
 from edge_infer.runtime.threads import default_threads
 
 Source = str | os.PathLike[str]
@@ -34,6 +34,7 @@ def info(source: Source) -> dict[str, Any]:
     """The manifest in short: contract, artifact, checks, files."""
     bundle = find_bundle(source)
     manifest = bundle.manifest
+    tuned = plan.read(bundle, cache_of(bundle))
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -53,6 +54,7 @@ def info(source: Source) -> dict[str, Any]:
             for check in manifest.checks
         ],
         "scores": [_score(score) for score in manifest.scores],
+        "tuned": f"{tuned.setting}: {tuned.p95_ms:.3g} ms at 95 %" if tuned else None,
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }
@@ -139,7 +141,32 @@ def read_arrays(path: Path, session: Session) -> Mapping[str, np.ndarray[Any, An
     return {spec.name: arrays[spec.name] for spec in session.inputs}
 
 
-def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) -> dict[str, Any]:
+def tune(
+    source: Source, max_memory: int | None = None, progress: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
+    """Find how the bundle runs fastest here, and keep that for every later load. Raises OutOfMemory."""
+    bundle = find_bundle(source)
+    tried = plan.settings(bundle.manifest.artifact.format, default_threads())
+    rows = plan.measure(bundle.path, tried, progress)
+    chosen = plan.choose(rows, max_memory)
+    kept = plan.keep(bundle, cache_of(bundle), chosen)
+    return {
+        "name": bundle.manifest.name,
+        "chosen": str(chosen.setting),
+        "kept": kept,
+        "settings": {
+            str(row.setting): {"p50_ms": row.p50_ms, "p95_ms": row.p95_ms, "peak_bytes": row.peak_bytes} for row in rows
+        },
+    }
+
+
+def bench(
+    source: Source,
+    threads: int | None = None,
+    runs: int = BENCH_RUNS,
+    seconds: float = BENCH_SECONDS,
+    spinning: bool | None = None,
+) -> dict[str, Any]:
     """Time opening and running the bundle's first golden case in this process.
 
     ``load_ms``: open with the files' hashes already known. ``private_bytes``: anonymous memory added over the
@@ -148,16 +175,16 @@ def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) ->
     """
     bundle = find_bundle(source)
     engine_module(bundle).import_engine(bundle)
-    load(source, threads=threads).close()  # hashes the files and leaves the stamp
+    load(source, threads=threads, spinning=spinning).close()  # hashes the files and leaves the stamp
     asked = read_golden(bundle)[0][0]
     baseline = memory.private_bytes()
     cool = thermal.read()
     started = time.perf_counter()
-    with load(source, threads=threads) as session:
+    with load(source, threads=threads, spinning=spinning) as session:
         loaded = time.perf_counter()
         session.run(asked)
         answered = time.perf_counter()
-        latencies = _latencies(session, asked, runs)
+        latencies = _latencies(session, asked, runs, seconds)
         return {
             "engine": dataclasses.asdict(session.info),
             "load_ms": (loaded - started) * 1e3,
@@ -171,9 +198,9 @@ def bench(source: Source, threads: int | None = None, runs: int = BENCH_RUNS) ->
         }
 
 
-def _latencies(session: Session, asked: Mapping[str, np.ndarray[Any, Any]], runs: int) -> list[float]:
+def _latencies(session: Session, asked: Mapping[str, np.ndarray[Any, Any]], runs: int, seconds: float) -> list[float]:
     latencies: list[float] = []
-    end = time.perf_counter() + BENCH_SECONDS
+    end = time.perf_counter() + seconds
     while not latencies or (len(latencies) < runs and time.perf_counter() < end):
         started = time.perf_counter()
         session.run(asked)

@@ -15,8 +15,9 @@ from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
-from edge_infer.runtime import memory
+from edge_infer.runtime import memory, plan
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
+from edge_infer.runtime.plan import Setting
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
 from edge_infer.runtime.stats import Recorder, Stats
 from edge_infer.runtime.threads import default_threads
@@ -33,17 +34,20 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     providers: tuple[str, ...] | None = None,
     residency: str = "lazy",
+    spinning: bool | None = None,
 ) -> Session:
     """Open a bundle.
 
     ``source`` is the name of a model in this device's store, or the path of a bundle; a plain word such as
     ``"digits"`` is a name, anything with a separator or ending in ``.edge`` and any ``Path`` is a path.
-    ``threads`` defaults to the cores this process may use. ``verify="auto"`` hashes the files once and then
-    trusts them until device, inode, length or times change; ``"full"`` always hashes. ``cache_dir`` is where that
-    is remembered, and where an engine keeps what it makes of a model once (default: the store's ``cache``); the first
-    open of a large model makes it, in a child process. ``providers`` overrides the bundle's order of accelerators.
-    ``residency="lazy"`` reads weights from the storage when they are first used, ``"prefault"`` now, and ``"lock"``
-    keeps them in memory as well.
+
+    ``threads`` defaults to what ``python -m edge_infer tune`` found best here, else to the cores this process may use;
+    ``spinning``, which lets idle threads of ONNX Runtime wait in a loop, likewise, else not. ``verify="auto"`` hashes
+    the files once and then trusts them until device, inode, length or times change; ``"full"`` always hashes.
+    ``cache_dir`` is where that is remembered, and where an engine keeps what it makes of a model once (default: the
+    store's ``cache``); the first open of a large model makes it, in a child process. ``providers`` overrides the
+    bundle's order of accelerators. ``residency="lazy"`` reads weights from the storage when they are first used,
+    ``"prefault"`` now, and ``"lock"`` keeps them in memory as well.
 
     Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
     OutOfMemory.
@@ -55,9 +59,11 @@ def load(
         raise UsageError(f"providers={providers!r}, expected a tuple of {', '.join(PROVIDERS)} or None")
     if residency not in RESIDENCIES:
         raise UsageError(f"residency={residency!r} is not known, expected one of {', '.join(RESIDENCIES)}")
-    cache = Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
+    cache = cache_of(bundle, cache_dir)
     bundles.verify(bundle, verify, cache, check_model)
-    engine = open_engine(bundle, EngineOptions(threads or default_threads(), providers, cache, verify))
+    tuned = plan.read(bundle, cache) if threads is None and spinning is None else None
+    setting = tuned.setting if tuned else Setting(threads or default_threads(), bool(spinning))
+    engine = open_engine(bundle, EngineOptions(setting.threads, providers, cache, verify, setting.spinning))
     memory.give_back()
     session = Session(bundle, engine, cache)
     try:
@@ -74,6 +80,11 @@ def find_bundle(source: str | os.PathLike[str]) -> Bundle:
     if isinstance(source, str) and is_model_name(source):
         return Store(default_root()).open_current(source)
     return bundles.open_bundle(Path(source))
+
+
+def cache_of(bundle: Bundle, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where ``load`` keeps what it learned and made of a bundle."""
+    return Path(cache_dir) if cache_dir is not None else (store_of(bundle.path) or Store(default_root())).cache
 
 
 class Session:

@@ -41,13 +41,15 @@ OUT_OF_MEMORY_WORDS = ("bad_alloc", "out of memory", "Failed to allocate", "can'
 class EngineOptions:
     """How to open a model.
 
-    ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next.
+    ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next;
+    ``spinning`` lets idle threads of ONNX Runtime wait in a loop.
     """
 
     threads: int
     providers: tuple[str, ...] | None = None
     cache: Path | None = None
     verify: str = "auto"
+    spinning: bool = False
 
 
 @dataclass(frozen=True)

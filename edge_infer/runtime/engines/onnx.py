@@ -58,7 +58,9 @@ def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
     package = "onnxruntime-gpu" if PROVIDERS["cuda"] in available else "onnxruntime"
     require_version(bundle, package, version)
     providers, notes = _providers(bundle, options, available)
-    model, settings = bundle.file(bundle.manifest.artifact.model), session_options(bundle, options.threads)
+    notes = (*notes, "idle threads spin") if options.spinning else notes
+    model = bundle.file(bundle.manifest.artifact.model)
+    settings = session_options(bundle, options.threads, options.spinning)
     if options.cache is not None and _repacks(bundle) and providers == [PROVIDERS["cpu"]]:
         entry = _repacked(bundle, package, options)
         if entry.failed:
@@ -78,14 +80,14 @@ def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#onnx-runtime-prepacked-weights
     """
     onnxruntime = import_engine(bundle)
-    settings = session_options(bundle, options.threads)
+    settings = session_options(bundle, options.threads, options.spinning)
     settings.optimized_model_filepath = str(folder / MODEL)
     for name, value in KEEPING.items():
         settings.add_session_config_entry(f"session.{name}", value)
     onnxruntime.InferenceSession(
         str(bundle.file(bundle.manifest.artifact.model)), settings, providers=[PROVIDERS["cpu"]]
     )
-    settings = session_options(bundle, options.threads)
+    settings = session_options(bundle, options.threads, options.spinning)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(folder / MODEL), settings, providers=[PROVIDERS["cpu"]])
     return OnnxEngine(bundle, session, EngineInfo("onnxruntime", onnxruntime.__version__, "cpu", options.threads))
@@ -105,7 +107,7 @@ def _repacked(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
     return engine_cache.entry(bundle, options.cache, facts, options.verify)
 
 
-def session_options(bundle: Bundle, threads: int) -> Any:
+def session_options(bundle: Bundle, threads: int, spinning: bool = False) -> Any:
     """The options a bundle is opened with; public so that anyone can compare with the plain engine."""
     import onnxruntime
 
@@ -114,7 +116,7 @@ def session_options(bundle: Bundle, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Idle worker threads that spin starve the application on a small board.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     if not bundle.manifest.artifact.prepack:
         # Repacked weights would live on the heap, a private copy in every process.
         options.add_session_config_entry("session.disable_prepacking", "1")
