@@ -240,13 +240,13 @@ PLAIN = {"tflite": plain_tflite, "onnx": plain_onnx, "torchscript": plain_torchs
 
 
 def ours(bundle: Path, threads: int) -> tuple[Callable[[], Any], Callable[[Any], Callable[[Any], Any]]]:
-    import edge_infer
+    from edge_infer import load
     from edge_infer.bundle import open_bundle
     from edge_infer.runtime.engines import engine_module
 
     opened = open_bundle(bundle)
     engine_module(opened).import_engine(opened)
-    return lambda: edge_infer.load(bundle, threads=threads), lambda session: session
+    return lambda: load(bundle, threads=threads), lambda session: session
 
 
 def opened(way: str, case: str, threads: int) -> tuple[Callable[[], Any], Callable[[Any], Callable[[Any], Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +73,8 @@ def measure(
     bundle: Path, tried: Sequence[Setting], progress: Callable[[str], None] = lambda step: None
 ) -> list[Measured]:
     """Time each setting in children of its own. Raises what opening the bundle raises."""
+    import statistics  # here, since its import takes longer than opening a model
+
     from edge_infer import admission
 
     answers: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in tried}
