@@ -409,6 +409,57 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     return rows
 
 
+#: How many times faster than the plain way a model opens: by format, and ONNX by whether its weights are repacked.
+FASTER = {"tflite": 15.0, "torchscript": 5.0, "onnx repacked": 2.0, "onnx": 10.0}
+#: Private memory in bytes, and as a share of the weights beside it; latency beside the plain way's.
+PRIVATE_BYTES, PRIVATE_SHARE, LATENCY = 5e6, 0.05, 1.02
+GOAL_COLUMNS = ["case", "opens faster", "goal>", "private>", "goal>", "latency", "goal>"]
+
+
+def facts(case: str) -> dict[str, Any]:
+    """What the goals of a case depend on."""
+    from edge_infer.bundle import open_bundle
+
+    bundle = open_bundle(FOLDER / f"{case}.edge")
+    return {"size": bundle.manifest.size, "prepack": bundle.manifest.artifact.prepack}
+
+
+def goals(report: dict[str, Any]) -> list[list[str]]:
+    """Rows for GOAL_COLUMNS, without the tiny network; what misses its goal is marked."""
+    from edge_infer.cli.console import size
+
+    rows = []
+    for case, ways in report["results"].items():
+        net, format, _ = case.split("-")
+        if net == "digits":
+            continue
+        bundle, plain, ours = report["bundles"][case], ways["plain"], ways["edge_infer"]
+        faster = plain["load_ms"] / ours["load_ms"]
+        wanted = FASTER["onnx repacked" if format == "onnx" and bundle["prepack"] else format]
+        allowed = PRIVATE_BYTES + PRIVATE_SHARE * bundle["size"]
+        slower = ours["p50_ms"] / plain["p50_ms"]
+        rows.append(
+            [
+                case,
+                f"{faster:.1f}x{'' if faster >= wanted else ' (missed)'}",
+                f"{wanted:g}x",
+                f"{size(ours['private_bytes'])}{'' if ours['private_bytes'] <= allowed else ' (missed)'}",
+                size(allowed),
+                f"{slower:.2f}{'' if slower <= LATENCY else ' (missed)'}",
+                f"{LATENCY:g}",
+            ]
+        )
+    return rows
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(column.rstrip(">") for column in columns) + " |",
+        "|" + "|".join("---:" if column.endswith(">") else "---" for column in columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
 def surroundings(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on: machine, versions, how they were taken."""
     from importlib.metadata import version
@@ -439,13 +490,16 @@ def write_docs(report: dict[str, Any]) -> None:
         f"{around['processor']}, {around['cores']} cores, Python {around['python']}, {versions}; "
         f"{around['threads']} threads, medians of {around['runs']} alternating runs.",
         "",
-        "| " + " | ".join(column.rstrip(">") for column in COLUMNS) + " |",
-        "|" + "|".join("---:" if column.endswith(">") else "---" for column in COLUMNS) + "|",
-        *("| " + " | ".join(row) + " |" for row in table(report["results"])),
+        *markdown(COLUMNS, table(report["results"])),
     ]
-    before, rest = page.read_text().split("<!-- table -->\n")
-    _, after = rest.split("<!-- /table -->")
-    page.write_text(before + "<!-- table -->\n" + "\n".join(lines) + "\n<!-- /table -->" + after)
+    text = _between(page.read_text(), "table", lines)
+    page.write_text(_between(text, "goals", markdown(GOAL_COLUMNS, goals(report))))
+
+
+def _between(text: str, name: str, lines: list[str]) -> str:
+    before, rest = text.split(f"<!-- {name} -->\n")
+    _, after = rest.split(f"<!-- /{name} -->")
+    return before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after
 
 
 def main() -> None:
@@ -476,7 +530,8 @@ def main() -> None:
             results[case] = compare(case, args.runs, args.threads)
         from edge_infer.cli.console import print_table
 
-        report = {"surroundings": surroundings(args), "results": results}
+        bundles = {case: facts(case) for case in results}
+        report = {"surroundings": surroundings(args), "bundles": bundles, "results": results}
         print_table(COLUMNS, table(results))
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""ONNX over repacked weights that are mapped: made at the first open of models for which repacking pays."""
+"""ONNX optimized for this processor, its weights mapped as they are laid out for it: made at the first open."""
 
 from __future__ import annotations
 
@@ -57,9 +57,21 @@ def test_repacked_weights_are_made_once_and_mapped(bundle: Bundle, tmp_path: Pat
     assert (again.st_ino, again.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
-def test_a_model_that_is_mapped_as_it_is_needs_no_entry(bundle: Bundle, tmp_path: Path) -> None:
+def test_weights_that_are_not_repacked_are_kept_as_they_are_laid_out(bundle: Bundle, tmp_path: Path) -> None:
+    """Convolutions get another layout when a model is optimized for a processor."""
     plain = rebuild(bundle, tmp_path / "plain.edge", artifact=replace(bundle.manifest.artifact, prepack=False))
+    for path in (bundle.path, plain.path):
+        load(path, cache_dir=tmp_path / "cache").close()
+    sizes = {path.parent.name.split(".")[0]: path.stat().st_size for path in weights(tmp_path / "cache")}
+    assert sizes[plain.digest] < sizes[bundle.digest]
     with load(plain.path, cache_dir=tmp_path / "cache") as session:
+        assert session.info.notes == ()
+        self_test(session)
+
+
+def test_a_small_model_needs_no_entry(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cache, "SMALLEST_BYTES", 10**6)
+    with load(bundle.path, cache_dir=tmp_path / "cache") as session:
         assert session.info.notes == ()
     assert weights(tmp_path / "cache") == []
 
@@ -76,5 +88,5 @@ def test_damaged_weights_are_made_anew(bundle: Bundle, tmp_path: Path) -> None:
 def test_without_a_place_for_the_cache_it_runs_and_says_so(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with load(bundle.path, cache_dir=tmp_path / "file") as session:
-        assert "repacked in private memory: " in session.info.notes[0]
+        assert "laid out in private memory: " in session.info.notes[0]
         self_test(session)

@@ -61,10 +61,10 @@ def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
     notes = (*notes, "idle threads spin") if options.spinning else notes
     model = bundle.file(bundle.manifest.artifact.model)
     settings = session_options(bundle, options.threads, options.spinning)
-    if options.cache is not None and _repacks(bundle) and providers == [PROVIDERS["cpu"]]:
-        entry = _repacked(bundle, package, options)
+    if options.cache is not None and engine_cache.worth_it(bundle) and providers == [PROVIDERS["cpu"]]:
+        entry = _laid_out(bundle, package, options)
         if entry.failed:
-            notes = (*notes, f"weights are repacked in private memory: {entry.failed}")
+            notes = (*notes, f"weights are laid out in private memory: {entry.failed}")
         else:
             model = entry.file(MODEL)
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
@@ -74,7 +74,8 @@ def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
 
 
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
-    """Leave in ``folder`` the model as it was optimized for this processor, its repacked weights in a file beside it.
+    """Leave in ``folder`` the model as it was optimized for this processor, its weights in a file beside it: as
+    convolutions were laid out anew for it, and repacked where the bundle says so.
 
     The engine that is given opened those files, as later opens do.
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#onnx-runtime-prepacked-weights
@@ -93,12 +94,7 @@ def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
     return OnnxEngine(bundle, session, EngineInfo("onnxruntime", onnxruntime.__version__, "cpu", options.threads))
 
 
-def _repacks(bundle: Bundle) -> bool:
-    """Whether ONNX Runtime would repack enough weights of this bundle to keep them."""
-    return bundle.manifest.artifact.prepack and engine_cache.worth_it(bundle)
-
-
-def _repacked(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
+def _laid_out(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as library
 
