@@ -93,9 +93,9 @@ def section(name: str, text: str) -> str:
 
 
 def masked(text: str) -> str:
-    """Output without what differs from run to run: numbers, hashes, alignment."""
+    """Output without what differs from run to run: numbers and their units, hashes, alignment."""
     text = re.sub(r"\b[0-9a-f]{12,64}\b", "HASH", text)
-    text = re.sub(r"\d[\d.,]*(e-\d+)? ?([KMG]?B|ms)?\b", "N", text)
+    text = re.sub(r"\d[\d.,]*(e-\d+)? ?([KMG]?B|ms|µs)?\b", "N", text)
     return re.sub(r"[ \t]+", " ", text)
 
 

@@ -41,12 +41,13 @@ def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
             return litert.CompiledEngine(bundle, info, entry.file(litert.WEIGHTS))
         notes = (f"weights are repacked in private memory: {entry.failed}",)
     package, module = import_engine(bundle)
+    info = replace(_info(bundle, options, package, module.__name__), notes=notes)
     # The file is mapped by its path, and unlike the compiled model the interpreter verifies the flatbuffer.
     with quiet():
         interpreter = module.Interpreter(
             model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
         )
-        return TFLiteEngine(bundle, interpreter, replace(_info(bundle, options, package, module.__name__), notes=notes))
+        return TFLiteEngine(bundle, interpreter, info)
 
 
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:
