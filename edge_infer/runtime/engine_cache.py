@@ -32,8 +32,9 @@ FORMAT = 1
 CPUINFO_BYTES = 16384
 #: For a smaller bundle there is nothing to save that would be worth a child.
 SMALLEST_BYTES = 2**20
-#: A child that has not opened a model and asked its golden questions by then hangs.
-CHILD_S = 120.0
+#: A child that has not opened a model and asked its golden questions by then hangs. Half of what a self-test may take
+#: (``admission.TIMEOUT_S``), which goes on with the plain way after that.
+CHILD_S = 60.0
 
 
 @dataclass(frozen=True)
