@@ -19,7 +19,7 @@ from handmade import rebuild, settle
 
 from edge_infer import Session, load
 from edge_infer.bundle import Bundle
-from edge_infer.errors import EdgeInferError, EngineError, InputError, SessionClosed
+from edge_infer.errors import EdgeInferError, EngineError, InputError, OutOfMemory, SessionClosed
 from edge_infer.runtime import engine_cache
 from edge_infer.runtime.engines import litert, tflite
 from edge_infer.runtime.golden import read_golden, self_test
@@ -293,6 +293,47 @@ try:
 except EdgeInferError as error:
     print(type(error).__name__, error)
 """
+
+
+def test_a_session_goes_on_when_its_bundle_and_weights_are_removed(bundle: Bundle, tmp_path: Path) -> None:
+    """As a push does with a release that is no longer kept; other sizes are compiled over the same weights."""
+    copy = settle(rebuild(bundle, tmp_path / "copy.edge"))
+    load(copy.path, cache_dir=tmp_path / "cache").close()
+    with load(copy.path, threads=1, cache_dir=tmp_path / "cache") as session, plain(bundle) as other:
+        assert mapped(session)
+        shutil.rmtree(copy.path)
+        shutil.rmtree(tmp_path / "cache")
+        for count in (1, 5, 2):
+            asked = images(bundle, count)
+            np.testing.assert_allclose(session.run(asked)["digit"], other.run(asked)["digit"], atol=1e-6)
+        assert not (tmp_path / "cache").exists()
+
+
+def test_a_lack_of_memory_is_told_and_the_session_goes_on(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(bundle.path, threads=1, cache_dir=tmp_path) as session:
+        asked = images(bundle, 2)
+        with monkeypatch.context() as short:
+            short.setattr(litert._Compiled, "_buffer", _no_memory)
+            with pytest.raises(OutOfMemory, match="not enough memory"):
+                session.run(asked)
+        assert session.run(asked)["digit"].shape == (2, 10)
+
+
+def _no_memory(*_: object) -> None:
+    raise MemoryError("Unable to allocate 9.00 GiB")
+
+
+def test_threads_of_one_process_make_the_same_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    def open_and_ask(_: int) -> bool:
+        with load(bundle.path, threads=1, cache_dir=tmp_path) as session:
+            self_test(session)
+            return mapped(session)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(open_and_ask, range(3)))
+    assert len(entries(tmp_path)) == 1
 
 
 def test_two_processes_make_the_same_at_once(bundle: Bundle, tmp_path: Path) -> None:

@@ -313,7 +313,10 @@ def _transpose_output(model: Any, name: str, permutation: tuple[int, ...]) -> No
     graph = model.subgraphs[0]
     entry = next(entry for entry in model.signatureDefs[0].outputs if entry.name.decode() == name)
     old = graph.tensors[entry.tensorIndex]
-    graph.tensors += [_permuted(old, permutation), _constant(model, b"permutation of " + old.name, permutation)]
+    graph.tensors += [
+        _permuted(old, permutation),
+        tflite_files.constant(model, b"permutation of " + old.name, permutation),
+    ]
     new, axes = len(graph.tensors) - 2, len(graph.tensors) - 1
     operator = schema.OperatorT()
     operator.opcodeIndex = _code(model, schema.BuiltinOperator.TRANSPOSE, 1 if len(permutation) < 5 else 4)
@@ -331,19 +334,6 @@ def _permuted(old: Any, permutation: tuple[int, ...]) -> Any:
     tensor.shape = [int(old.shape[axis]) for axis in permutation]
     if old.shapeSignature is not None and len(old.shapeSignature):
         tensor.shapeSignature = [int(old.shapeSignature[axis]) for axis in permutation]
-    return tensor
-
-
-def _constant(model: Any, name: bytes, values: tuple[int, ...]) -> Any:
-    buffer, tensor = schema.BufferT(), schema.TensorT()
-    buffer.data = np.frombuffer(np.array(values, "<i4").tobytes(), np.uint8)
-    tensor.name, tensor.type, tensor.shape, tensor.buffer = (
-        name,
-        schema.TensorType.INT32,
-        [len(values)],
-        len(model.buffers),
-    )
-    model.buffers.append(buffer)
     return tensor
 
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import mmap
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -266,6 +266,16 @@ def strip(model: Any) -> None:
         graph.debugMetadataIndex = -1
         for operator in graph.operators or []:
             operator.debugMetadataIndex = -1
+
+
+def constant(model: Any, name: bytes, values: Sequence[int]) -> Any:
+    """A tensor of whole numbers (int32), its contents in the model; the caller puts it into a graph."""
+    buffer, tensor = schema.BufferT(), schema.TensorT()
+    buffer.data = np.frombuffer(np.array(values, "<i4").tobytes(), np.uint8)
+    tensor.name, tensor.type, tensor.shape = name, schema.TensorType.INT32, [len(values)]
+    tensor.buffer = len(model.buffers)
+    model.buffers.append(buffer)
+    return tensor
 
 
 def add_metadata(model: Any, name: str, data: bytes) -> None:

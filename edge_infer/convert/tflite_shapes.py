@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from edge_infer.convert import tflite_files
@@ -26,7 +25,8 @@ def simplify(model: Any) -> None:
             if _code(model, operator) == RESHAPE and len(operator.inputs) > 1 and operator.inputs[1] in produced:
                 shape = _known(graph.tensors[operator.outputs[0]])
                 if shape is not None:
-                    operator.inputs = [operator.inputs[0], _constant(model, graph, shape)]
+                    graph.tensors.append(tflite_files.constant(model, b"shape", shape))
+                    operator.inputs = [operator.inputs[0], len(graph.tensors) - 1]
                     operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.NONE, None
         _drop_unused(graph)
 
@@ -39,16 +39,6 @@ def _known(tensor: Any) -> list[int] | None:
     """A shape with one open size, as RESHAPE takes it; None for any other, and where the converter did not say."""
     shape = [] if tensor.shapeSignature is None else [int(size) for size in tensor.shapeSignature]
     return shape if shape.count(-1) == 1 and 0 not in shape else None
-
-
-def _constant(model: Any, graph: Any, shape: list[int]) -> int:
-    buffer, tensor = schema.BufferT(), schema.TensorT()
-    buffer.data = np.frombuffer(np.array(shape, "<i4").tobytes(), np.uint8)
-    model.buffers.append(buffer)
-    tensor.name, tensor.type, tensor.shape = b"shape", schema.TensorType.INT32, [len(shape)]
-    tensor.buffer = len(model.buffers) - 1
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
 
 
 def _drop_unused(graph: Any) -> None:

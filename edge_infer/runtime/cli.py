@@ -26,7 +26,9 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     run.add_argument("--output", type=Path, metavar="FILE.npz", help="where to store the answers")
     run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output))
     bench = commands.add_parser("bench", help="load time, latency and memory on this machine")
-    bench.add_argument("--threads", type=positive, help="threads of the engine (default: the usable cores)")
+    bench.add_argument(
+        "--threads", type=positive, help="threads of the engine (default: as tuned, else the usable cores)"
+    )
     bench.add_argument("--runs", type=positive, default=200, help="runs at most")
     bench.add_argument("--seconds", type=float, default=2.0, help="it also ends after so long")
     bench.add_argument("--spinning", action="store_true", default=None, help="let ONNX Runtime's idle threads spin")

@@ -76,12 +76,16 @@ class EngineCache:
         that it is not tried at each load. It raises OSError for what may pass, such as a full disk; so does a folder
         that cannot be written, and nothing is kept then. Of two processes that build the same, the first one's stays.
         """
-        import shutil  # here, since its import takes longer than opening a model
+        import shutil  # here, since their import takes longer than opening a model
+        import tempfile
 
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
+            aside = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}."))
+        except OSError as error:
+            return Entry(self.path, {}, str(error))
+        try:
+            aside.chmod(0o755)  # whoever pushes and whoever runs models may differ
             failed = make(aside)
             self._seal(aside, failed)
             with contextlib.suppress(OSError):  # not empty: another process was faster

@@ -22,7 +22,7 @@ import numpy as np
 from edge_infer.errors import EngineError, InputError
 from edge_infer.runtime import engine_cache
 from edge_infer.runtime.engine_cache import Entry, engine_build
-from edge_infer.runtime.engines import EngineInfo
+from edge_infer.runtime.engines import EngineInfo, engine_error
 from edge_infer.runtime.engines.litert_library import (
     ALIGNMENT,
     ELEMENT_TYPES,
@@ -97,27 +97,33 @@ class CompiledEngine:
             raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
         with self._lock:
             shapes = [array.shape for array in arrays]
-            if self._compiled is None or self._compiled.shapes != shapes:
-                self._compile(shapes)
-            assert self._compiled is not None
-            return self._compiled.run(arrays)
+            try:
+                if self._compiled is None or self._compiled.shapes != shapes:
+                    self._compile(shapes)
+                assert self._compiled is not None
+                return self._compiled.run(arrays)
+            except (EngineError, MemoryError, OSError) as error:
+                self._forget()  # whatever state it was left in
+                raise engine_error(error, "TFLite failed while running the model") from error
 
     def _compile(self, shapes: list[tuple[int, ...]]) -> None:
-        if self._compiled is not None:
-            self._compiled.close()  # its memory is free before the next one takes some
-            self._compiled = None
+        self._forget()  # its memory is free before the next one takes some
         if self._model is None:
             raise EngineError("the model is closed")
         with quiet():
             self._compiled = _Compiled(self._model, shapes)
 
+    def _forget(self) -> None:
+        if self._compiled is not None:
+            self._compiled.close()
+        self._compiled = None
+
     def close(self) -> None:
         with self._lock:
-            if self._compiled is not None:
-                self._compiled.close()
+            self._forget()
             if self._model is not None:
                 self._model.close()
-            self._compiled = self._model = None
+            self._model = None
 
 
 class _Model:
@@ -129,9 +135,14 @@ class _Model:
             raise EngineError("this Python has no LiteRT library; install ai-edge-litert 2.1 or later")
         self.library: Library = library(path)
         self.threads, self._weights = threads, weights
+        self._kept: int | None = None
         self.inputs, self.outputs = bundle.manifest.inputs, bundle.manifest.outputs
         self._close = ExitStack()
         try:
+            if weights.exists():
+                # Held open, so that it can be mapped again when the release was collected meanwhile.
+                self._kept = os.open(weights, os.O_RDONLY | os.O_CLOEXEC)
+                self._close.callback(os.close, self._kept)
             self.environment = self._keep("Environment", self.library.environment())
             model = os.fsencode(bundle.file(bundle.manifest.artifact.model))
             self.handle = self._keep("Model", self.library.made("CreateModelFromFile", self.environment, model))
@@ -148,9 +159,11 @@ class _Model:
 
     def options(self) -> c_void_p:
         """How to compile, once: the library takes and closes the descriptor."""
-        # For reading alone where the file is there: no engine can then change it.
-        mode = os.O_RDONLY if self._weights.exists() else os.O_RDWR | os.O_CREAT
-        return self.library.cpu_options(self.threads, os.open(self._weights, mode | os.O_CLOEXEC, 0o644))
+        if self._kept is None:
+            descriptor = os.open(self._weights, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        else:  # for reading alone: no engine can change it
+            descriptor = os.open(f"/proc/self/fd/{self._kept}", os.O_RDONLY | os.O_CLOEXEC)
+        return self.library.cpu_options(self.threads, descriptor)
 
     def _signature(self, key: str) -> tuple[c_void_p, int]:
         lib = self.library
