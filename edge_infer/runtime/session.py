@@ -17,6 +17,7 @@ from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
 from edge_infer.runtime import memory, plan
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
+from edge_infer.runtime.inputs import InputCheck
 from edge_infer.runtime.plan import Setting
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
 from edge_infer.runtime.stats import Recorder, Stats
@@ -96,8 +97,8 @@ class Session:
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
         self._engine: Engine | None = engine
-        self._dtypes = [np.dtype(spec.dtype) for spec in self.inputs]
-        self._names = {spec.name for spec in self.inputs}
+        self._check = InputCheck(self.inputs)
+        self._output_names = [spec.name for spec in self.outputs]
         self._recorder = Recorder()
 
     @property
@@ -113,13 +114,13 @@ class Session:
         engine = self._open_engine()
         started = time.perf_counter()
         try:
-            results = engine.run(self._checked(inputs))
+            results = engine.run(self._check.arrays(inputs))
         except Exception:
             self._recorder.failed()
             self._open_engine()  # another thread may have closed the session meanwhile; then that is the error
             raise
         self._recorder.answered(time.perf_counter() - started)
-        return {spec.name: result for spec, result in zip(self.outputs, results)}
+        return dict(zip(self._output_names, results))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -169,31 +170,3 @@ class Session:
         if self._engine is None:
             raise SessionClosed(f"the session of {self.bundle.manifest.name} is closed; load it again")
         return self._engine
-
-    def _checked(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """The arrays in the model's order, each checked and made contiguous and aligned."""
-        if not isinstance(inputs, Mapping):
-            raise InputError(
-                f"the inputs are a {type(inputs).__name__}, expected arrays by name: {sorted(self._names)}"
-            )
-        if inputs.keys() != self._names:
-            raise InputError(f"inputs named {sorted(map(str, inputs))}, expected {sorted(self._names)}")
-        arrays = []
-        for spec, dtype in zip(self.inputs, self._dtypes):
-            array = inputs[spec.name]
-            check_array(spec, dtype, array)
-            arrays.append(array if array.flags.c_contiguous and array.flags.aligned else array.copy())
-        return arrays
-
-
-def check_array(spec: TensorSpec, dtype: np.dtype[Any], array: object) -> None:
-    """Raise InputError unless ``array`` is a numpy array of the dtype and shape of ``spec``."""
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"input {spec.name!r} is a {type(array).__name__}, expected a numpy array of {spec.dtype}")
-    if array.dtype != dtype:
-        raise InputError(f"input {spec.name!r} has dtype {array.dtype}, expected {spec.dtype}; convert it with astype")
-    fits = len(array.shape) == len(spec.shape) and all(
-        expected is None or expected == observed for expected, observed in zip(spec.shape, array.shape)
-    )
-    if not fits:
-        raise InputError(f"input {spec.name!r} has shape {list(array.shape)}, expected {spec}")

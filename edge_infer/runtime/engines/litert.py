@@ -93,25 +93,26 @@ class CompiledEngine:
                 raise
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        if any(array.size == 0 for array in arrays):
-            raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
+        shapes = [array.shape for array in arrays]
         with self._lock:
-            shapes = [array.shape for array in arrays]
+            compiled = self._compiled
             try:
-                if self._compiled is None or self._compiled.shapes != shapes:
-                    self._compile(shapes)
-                assert self._compiled is not None
-                return self._compiled.run(arrays)
+                if compiled is None or compiled.shapes != shapes:
+                    compiled = self._compile(shapes)
+                return compiled.run(arrays)
             except (EngineError, MemoryError, OSError) as error:
                 self._forget()  # whatever state it was left in
                 raise engine_error(error, "TFLite failed while running the model") from error
 
-    def _compile(self, shapes: list[tuple[int, ...]]) -> None:
+    def _compile(self, shapes: list[tuple[int, ...]]) -> _Compiled:
+        if any(0 in shape for shape in shapes):
+            raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
         self._forget()  # its memory is free before the next one takes some
         if self._model is None:
             raise EngineError("the model is closed")
         with quiet():
             self._compiled = _Compiled(self._model, shapes)
+        return self._compiled
 
     def _forget(self) -> None:
         if self._compiled is not None:
@@ -216,6 +217,9 @@ class _Compiled:
         self.inputs, self.outputs = [array for array, _ in given], [array for array, _ in made]
         self._given = _in_order(model.input_places, [handle for _, handle in given])
         self._made = _in_order(model.output_places, [handle for _, handle in made])
+        self._invoke = lib.bound(
+            "RunCompiledModel", self._handle, signature, len(given), self._given, len(made), self._made
+        )
 
     def _buffer(self, kind: str, place: int, spec: TensorSpec, shape: tuple[int, ...]) -> tuple[Array, c_void_p]:
         """An array, and the library's handle on it."""
@@ -242,9 +246,7 @@ class _Compiled:
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         for mine, array in zip(self.inputs, arrays):
             mine[...] = array
-        self._model.library.RunCompiledModel(
-            self._handle, self._model.signature_index, len(self._given), self._given, len(self._made), self._made
-        )
+        self._invoke()
         return [mine.copy() for mine in self.outputs]
 
     def close(self) -> None:

@@ -93,8 +93,9 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         loaded = ctypes.CDLL(str(path))
-        for name, arguments in FUNCTIONS.items():
-            setattr(self, name, _checked(loaded, name, arguments))
+        for name in FUNCTIONS:
+            setattr(self, name, _checked(loaded, name))
+        self._loaded = loaded
         self._destroyers = {kind: _plain(loaded, f"LiteRtDestroy{kind}", (c_void_p,)) for kind in DESTROYERS}
         libc = ctypes.CDLL(None)
         self._strdup = libc.strdup
@@ -104,6 +105,16 @@ class Library:
     if TYPE_CHECKING:  # the functions that __init__ sets
 
         def __getattr__(self, name: str) -> Callable[..., None]: ...
+
+    def bound(self, name: str, *arguments: Any) -> Callable[[], None]:
+        """A function with arguments that stay, for what is called over and over."""
+        function = functools.partial(_declared(self._loaded, name), *arguments)
+
+        def call() -> None:
+            if status := function():
+                raise _failed(name, status)
+
+        return call
 
     def made(self, name: str, *arguments: Any) -> c_void_p:
         """What a function leaves behind its last argument."""
@@ -155,13 +166,21 @@ def _plain(loaded: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Any:
     return function
 
 
-def _checked(loaded: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Callable[..., None]:
-    function = getattr(loaded, f"LiteRt{name}")
-    function.argtypes, function.restype = tuple(arguments), c_int
+def _checked(loaded: ctypes.CDLL, name: str) -> Callable[..., None]:
+    function = _declared(loaded, name)
 
     def call(*given: Any) -> None:
-        status = function(*given)
-        if status:
-            raise EngineError(f"LiteRT's {name} failed with status {status}")
+        if status := function(*given):
+            raise _failed(name, status)
 
     return call
+
+
+def _declared(loaded: ctypes.CDLL, name: str) -> Any:
+    function = getattr(loaded, f"LiteRt{name}")
+    function.argtypes, function.restype = tuple(FUNCTIONS[name]), c_int
+    return function
+
+
+def _failed(name: str, status: int) -> EngineError:
+    return EngineError(f"LiteRT's {name} failed with status {status}")

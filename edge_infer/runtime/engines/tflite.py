@@ -92,9 +92,6 @@ class TFLiteEngine:
         self._shapes: list[tuple[int, ...]] | None = None
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        if any(array.size == 0 for array in arrays):
-            # The XNNPACK delegate then computes shapes from memory that nobody wrote: it fails by chance.
-            raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
         with self._lock:
             try:
                 self._resize([array.shape for array in arrays])
@@ -103,6 +100,8 @@ class TFLiteEngine:
                 self._interpreter.invoke()
                 # asarray: of a scalar the interpreter gives no array but a number.
                 return [np.asarray(self._interpreter.get_tensor(index)) for index in self._outputs]
+            except InputError:
+                raise
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._shapes = None
                 raise engine_error(error, "TFLite failed while running the model") from error
@@ -110,6 +109,9 @@ class TFLiteEngine:
     def _resize(self, shapes: list[tuple[int, ...]]) -> None:
         if shapes == self._shapes:
             return
+        if any(0 in shape for shape in shapes):
+            # The XNNPACK delegate then computes shapes from memory that nobody wrote: it fails by chance.
+            raise InputError("TFLite cannot run on an empty array; give at least one element in each dimension")
         for index, shape in zip(self._inputs, shapes):
             self._interpreter.resize_tensor_input(index, shape)
         with quiet():

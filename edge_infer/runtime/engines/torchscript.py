@@ -103,18 +103,22 @@ class TorchScriptEngine:
     def __init__(self, bundle: Bundle, module: Any, info: EngineInfo) -> None:
         self.info = info
         self._module = module
-        self._outputs = [spec.name for spec in bundle.manifest.outputs]
+        self._torch = import_engine(bundle)
+        self._elsewhere = info.provider != "cpu"
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        import torch
-
+        torch = self._torch
         try:
             with torch.inference_mode():
                 # Copied, because a module may work in place and the array is the caller's, perhaps read-only.
-                tensors = [torch.from_numpy(array.copy()).to(self.info.provider) for array in arrays]
+                tensors = [torch.from_numpy(array.copy()) for array in arrays]
+                if self._elsewhere:
+                    tensors = [tensor.to(self.info.provider) for tensor in tensors]
                 results = self._module(*tensors)
+                if self._elsewhere:
+                    results = [result.cpu() for result in results]
                 # An output may be a view of an input or of a weight: what is returned belongs to the caller.
-                return [result.detach().cpu().clone().numpy() for result in results]
+                return [result.clone().numpy() for result in results]
         except (RuntimeError, ValueError, MemoryError) as error:
             raise engine_error(error, "TorchScript failed while running the model") from error
 
