@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_infer.errors import InputError
+from edge_infer.errors import InputError, OutOfMemory
+from edge_infer.runtime.buffers import zeros
 
 if TYPE_CHECKING:
     from edge_infer.manifest import TensorSpec
@@ -47,6 +48,15 @@ class InputCheck:
             arrays.append(array if flags.c_contiguous and flags.aligned else array.copy())
         return arrays
 
+    def empty(self, shapes: Mapping[str, Sequence[int]]) -> list[Array]:
+        """Aligned arrays of zeros in the model's order; a size that is open and not given is 1.
+
+        Raises InputError, OutOfMemory.
+        """
+        if shapes.keys() - self._names:
+            raise InputError(f"shapes of {sorted(map(str, shapes))}, expected some of {sorted(self._names)}")
+        return [_empty(row.spec, tuple(shapes.get(row.name, _least(row.spec)))) for row in self._inputs]
+
 
 class _Input:
     __slots__ = ("dtype", "fitted", "name", "spec")
@@ -54,6 +64,19 @@ class _Input:
     def __init__(self, spec: TensorSpec) -> None:
         self.spec, self.name, self.dtype = spec, spec.name, np.dtype(spec.dtype)
         self.fitted: tuple[int, ...] | None = None
+
+
+def _least(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(size or 1 for size in spec.shape)
+
+
+def _empty(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    if not fits(spec, shape) or min(shape, default=1) < 1:
+        raise InputError(f"shape {list(shape)} for the input {spec.name!r}, expected {spec}, each size at least 1")
+    try:
+        return zeros(shape, spec.dtype)
+    except (MemoryError, ValueError) as error:  # numpy has no arrays beyond the address space
+        raise OutOfMemory(f"there is no memory for {spec.name!r} of shape {list(shape)}; ask for less") from error
 
 
 def check_array(spec: TensorSpec, dtype: np.dtype[Any], array: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
 from edge_infer.runtime import memory, plan
+from edge_infer.runtime.buffers import Buffers
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
 from edge_infer.runtime.inputs import InputCheck
 from edge_infer.runtime.plan import Setting
@@ -99,7 +100,9 @@ class Session:
         self._engine: Engine | None = engine
         self._check = InputCheck(self.inputs)
         self._output_names = [spec.name for spec in self.outputs]
+        self._input_names = [spec.name for spec in self.inputs]
         self._recorder = Recorder()
+        self._buffers: Buffers | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -121,6 +124,57 @@ class Session:
             raise
         self._recorder.answered(time.perf_counter() - started)
         return dict(zip(self._output_names, results))
+
+    def bind(self, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Make ``input_buffers`` and ``output_buffers`` for inputs of these shapes; those made before go on no more.
+
+        Without ``shapes`` each size that the model leaves open is 1. Raises InputError, SessionClosed, EngineError,
+        OutOfMemory.
+        """
+        engine = self._open_engine()
+        arrays = self._check.empty(shapes or {})
+        self._release_buffers()
+        self._buffers = engine.bind(arrays)
+
+    @property
+    def input_buffers(self) -> dict[str, Array]:
+        """Arrays to write the inputs into, which ``run_buffers`` reads where they lie; made at first use.
+
+        One thread at a time may use a session's buffers. ``run`` does not touch them.
+        """
+        return dict(zip(self._input_names, self._bound().inputs))
+
+    @property
+    def output_buffers(self) -> dict[str, Array]:
+        """Arrays that hold the answers to the latest ``run_buffers`` until the next; copy what is to stay longer."""
+        return dict(zip(self._output_names, self._bound().outputs))
+
+    def run_buffers(self) -> None:
+        """Run on what lies in ``input_buffers``; the answers are in ``output_buffers`` then.
+
+        Nothing is checked and nothing copied, unless the engine can do no other: the TFLite interpreter, which runs
+        models of less than a megabyte, copies in and out, TorchScript out. Raises SessionClosed, EngineError (also
+        where an output has another shape this time), OutOfMemory.
+        """
+        buffers = self._bound()
+        started = time.perf_counter()
+        try:
+            buffers.run()
+        except Exception:
+            self._recorder.failed()
+            raise
+        self._recorder.answered(time.perf_counter() - started)
+
+    def _bound(self) -> Buffers:
+        if self._buffers is None:
+            self.bind()
+        assert self._buffers is not None
+        return self._buffers
+
+    def _release_buffers(self) -> None:
+        buffers, self._buffers = self._buffers, None
+        if buffers is not None:
+            buffers.close()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -154,6 +208,7 @@ class Session:
 
     def close(self) -> None:
         """Release the engine, its memory and its mappings. May be called twice."""
+        self._release_buffers()
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()

@@ -1,6 +1,6 @@
 """The engines: one file each, imported only when a bundle needs it.
 
-Every engine offers the same two verbs on a model that is already open; ``open_engine`` picks the file by the
+Every engine offers the same three verbs on a model that is already open; ``open_engine`` picks the file by the
 bundle's format. A new engine is one file and one row in ``ENGINES``.
 """
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edge_infer.bundle import Bundle
+    from edge_infer.runtime.buffers import Buffers
 
 ENGINES = {
     "tflite": "edge_infer.runtime.engines.tflite",
@@ -70,6 +71,9 @@ class Engine(Protocol):
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Run once. The arrays returned belong to the caller. May be called from several threads."""
+
+    def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
+        """Buffers that begin with ``inputs``, which are aligned and may be written by the caller alone."""
 
     def close(self) -> None:
         """Let go of the model and its memory."""

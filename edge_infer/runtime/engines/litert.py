@@ -21,10 +21,10 @@ import numpy as np
 
 from edge_infer.errors import EngineError, InputError
 from edge_infer.runtime import engine_cache
+from edge_infer.runtime.buffers import Buffers, zeros
 from edge_infer.runtime.engine_cache import Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, engine_error
 from edge_infer.runtime.engines.litert_library import (
-    ALIGNMENT,
     ELEMENT_TYPES,
     MOST_DIMENSIONS,
     Layout,
@@ -93,16 +93,26 @@ class CompiledEngine:
                 raise
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        shapes = [array.shape for array in arrays]
         with self._lock:
-            compiled = self._compiled
-            try:
-                if compiled is None or compiled.shapes != shapes:
-                    compiled = self._compile(shapes)
-                return compiled.run(arrays)
-            except (EngineError, MemoryError, OSError) as error:
-                self._forget()  # whatever state it was left in
-                raise engine_error(error, "TFLite failed while running the model") from error
+            return self._run(arrays)
+
+    def _run(self, arrays: Sequence[Array]) -> list[Array]:
+        compiled, shapes = self._compiled, [array.shape for array in arrays]
+        try:
+            if compiled is None or compiled.shapes != shapes:
+                compiled = self._compile(shapes)
+            return compiled.answer(arrays)
+        except (EngineError, MemoryError, OSError) as error:
+            self._forget()  # whatever state it was left in
+            raise engine_error(error, "TFLite failed while running the model") from error
+
+    def bind(self, inputs: list[Array]) -> Buffers:
+        """The compiled model's own arrays, its answers to ``inputs`` in place; ``run`` compiles another for itself."""
+        with self._lock:
+            self._run(inputs)
+            compiled, self._compiled = self._compiled, None
+        assert compiled is not None, "it has just run"
+        return compiled
 
     def _compile(self, shapes: list[tuple[int, ...]]) -> _Compiled:
         if any(0 in shape for shape in shapes):
@@ -217,7 +227,7 @@ class _Compiled:
         self.inputs, self.outputs = [array for array, _ in given], [array for array, _ in made]
         self._given = _in_order(model.input_places, [handle for _, handle in given])
         self._made = _in_order(model.output_places, [handle for _, handle in made])
-        self._invoke = lib.bound(
+        self.run = lib.bound(
             "RunCompiledModel", self._handle, signature, len(given), self._given, len(made), self._made
         )
 
@@ -236,17 +246,15 @@ class _Compiled:
         count = int(np.prod(shape, dtype=np.int64))
         if any(length < 0 for length in shape) or size < count * dtype.itemsize:
             raise EngineError(f"LiteRT knows no size for {spec.name!r} before it has run")
-        memory = np.zeros(size + ALIGNMENT, np.uint8)
-        begin = -memory.ctypes.data % ALIGNMENT
-        array = memory[begin : begin + count * dtype.itemsize].view(dtype).reshape(shape)
-        handle = lib.made("CreateTensorBufferFromHostMemory", byref(type_), memory.ctypes.data + begin, size, None)
+        array = zeros(shape, dtype, size)
+        handle = lib.made("CreateTensorBufferFromHostMemory", byref(type_), array.ctypes.data, size, None)
         self._close.callback(lib.destroy, "TensorBuffer", handle)
         return array, handle
 
-    def run(self, arrays: Sequence[Array]) -> list[Array]:
+    def answer(self, arrays: Sequence[Array]) -> list[Array]:
         for mine, array in zip(self.inputs, arrays):
             mine[...] = array
-        self._invoke()
+        self.run()
         return [mine.copy() for mine in self.outputs]
 
     def close(self) -> None:

@@ -27,8 +27,6 @@ ELEMENT_TYPES = {
     "float32": 1, "int32": 2, "uint8": 3, "int64": 4, "bool": 6, "int16": 7, "int8": 9, "float16": 10, "float64": 11,
     "uint64": 13, "uint32": 16, "uint16": 17,
 }  # fmt: skip
-#: A buffer begins at a multiple of that (``LITERT_HOST_MEMORY_BUFFER_ALIGNMENT``).
-ALIGNMENT = 64
 
 
 class _Any(ctypes.Structure):

@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_infer.errors import BundleError, EngineError
 from edge_infer.runtime import engine_cache
+from edge_infer.runtime.buffers import Buffers, zeros
 from edge_infer.runtime.engine_cache import Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
 from edge_infer.runtime.onnx_files import external_locations
@@ -23,6 +24,8 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
 }
 
+
+FAILED = "ONNX Runtime failed while running the model"
 
 #: In the engine cache: the optimized model, and how it is written.
 MODEL = "model.onnx"
@@ -148,8 +151,43 @@ class OnnxEngine:
         try:
             results: list[np.ndarray[Any, Any]] = self._session.run(self._outputs, dict(zip(self._inputs, arrays)))
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-            raise engine_error(error, "ONNX Runtime failed while running the model") from error
+            raise engine_error(error, FAILED) from error
         return results
+
+    def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
+        return OnnxBuffers(self._session, self._inputs, inputs, self._outputs, self.run(inputs))
 
     def close(self) -> None:
         self._session = None
+
+
+class OnnxBuffers:
+    """Arrays whose addresses the session knows; with an accelerator it copies them there and back itself."""
+
+    def __init__(
+        self,
+        session: Any,
+        input_names: Sequence[str],
+        inputs: list[np.ndarray[Any, Any]],
+        output_names: Sequence[str],
+        answers: Sequence[np.ndarray[Any, Any]],
+    ) -> None:
+        self.inputs, self.outputs = inputs, [zeros(answer.shape, answer.dtype) for answer in answers]
+        for buffer, answer in zip(self.outputs, answers):
+            buffer[...] = answer
+        self._session, self._binding = session, session.io_binding()
+        for bind, names, arrays in (
+            (self._binding.bind_input, input_names, self.inputs),
+            (self._binding.bind_output, output_names, self.outputs),
+        ):
+            for name, array in zip(names, arrays):
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise engine_error(error, FAILED) from error
+
+    def close(self) -> None:
+        self._session = self._binding = None

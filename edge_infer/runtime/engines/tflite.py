@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import EngineError, InputError
+from edge_infer.runtime.buffers import Buffers, CopiedBuffers
 from edge_infer.runtime.engines import (
     Engine,
     EngineInfo,
@@ -105,6 +106,10 @@ class TFLiteEngine:
             except (RuntimeError, ValueError, MemoryError) as error:
                 self._shapes = None
                 raise engine_error(error, "TFLite failed while running the model") from error
+
+    def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
+        """The interpreter reads and writes its own memory alone: one copy in and one out."""
+        return CopiedBuffers(self.run, inputs)
 
     def _resize(self, shapes: list[tuple[int, ...]]) -> None:
         if shapes == self._shapes:

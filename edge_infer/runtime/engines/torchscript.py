@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import BundleError, EngineError
+from edge_infer.runtime.buffers import Buffers, CopiedBuffers, write
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Name of the extra file in the skeleton that says where each tensor lies.
 TENSOR_TABLE = "tensors.json"
+FAILED = "TorchScript failed while running the model"
 
 
 def import_engine(bundle: Bundle) -> Any:
@@ -120,7 +122,38 @@ class TorchScriptEngine:
                 # An output may be a view of an input or of a weight: what is returned belongs to the caller.
                 return [result.clone().numpy() for result in results]
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise engine_error(error, "TorchScript failed while running the model") from error
+            raise engine_error(error, FAILED) from error
+
+    def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
+        if self._elsewhere:
+            return CopiedBuffers(self.run, inputs)
+        return TorchScriptBuffers(self._module, inputs)
+
+    def close(self) -> None:
+        self._module = None
+
+
+class TorchScriptBuffers:
+    """The module reads the inputs where they lie (one that works in place writes there too); its answers are copied."""
+
+    def __init__(self, module: Any, inputs: list[np.ndarray[Any, Any]]) -> None:
+        import torch
+
+        self._torch, self._module = torch, module
+        self._given = [torch.from_numpy(array) for array in inputs]
+        self.inputs = inputs
+        self.outputs = [result.clone().numpy() for result in self._answers()]
+
+    def run(self) -> None:
+        for buffer, result in zip(self.outputs, self._answers()):
+            write(buffer, result.numpy())
+
+    def _answers(self) -> Any:
+        try:
+            with self._torch.inference_mode():
+                return self._module(*self._given)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise engine_error(error, FAILED) from error
 
     def close(self) -> None:
         self._module = None
