@@ -122,5 +122,11 @@ def read(bundle: Bundle, cache: Path) -> Measured | None:
         return None
 
 
+def chosen(bundle: Bundle, cache: Path, threads: int | None, spinning: bool | None) -> Setting:
+    """What is asked for; where nothing is, what was kept; else all cores that this process may use."""
+    tuned = read(bundle, cache) if threads is None and spinning is None else None
+    return tuned.setting if tuned else Setting(threads or default_threads(), bool(spinning))
+
+
 def _cache(bundle: Bundle, folder: Path) -> EngineCache:
     return EngineCache(folder, bundle.digest, {"what": "plan", "cores": str(default_threads())})

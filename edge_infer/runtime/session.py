@@ -19,10 +19,8 @@ from edge_infer.runtime import memory, plan
 from edge_infer.runtime.buffers import Buffers
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
 from edge_infer.runtime.inputs import InputCheck
-from edge_infer.runtime.plan import Setting
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
 from edge_infer.runtime.stats import Recorder, Stats
-from edge_infer.runtime.threads import default_threads
 from edge_infer.store import Store, default_root, is_model_name, store_of
 
 Array = np.ndarray[Any, Any]
@@ -63,8 +61,7 @@ def load(
         raise UsageError(f"residency={residency!r} is not known, expected one of {', '.join(RESIDENCIES)}")
     cache = cache_of(bundle, cache_dir)
     bundles.verify(bundle, verify, cache, check_model)
-    tuned = plan.read(bundle, cache) if threads is None and spinning is None else None
-    setting = tuned.setting if tuned else Setting(threads or default_threads(), bool(spinning))
+    setting = plan.chosen(bundle, cache, threads, spinning)
     engine = open_engine(bundle, EngineOptions(setting.threads, providers, cache, verify, setting.spinning))
     memory.give_back()
     session = Session(bundle, engine, cache)
