@@ -32,6 +32,10 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     bench.add_argument("--runs", type=positive, default=200, help="runs at most")
     bench.add_argument("--seconds", type=float, default=2.0, help="it also ends after so long")
     bench.add_argument("--spinning", action="store_true", default=None, help="let ONNX Runtime's idle threads spin")
+    bench.add_argument(
+        "--profile", type=Path, nargs="?", const=True, metavar="FILE.json",
+        help="which operators the time goes to as well, and a Chrome trace of them in FILE.json",
+    )  # fmt: skip
     bench.set_defaults(call=_bench)
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
@@ -40,10 +44,23 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
         parser.add_argument("bundle", help="a bundle's path, or the name of a model in this device's store")
         parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
         parser.set_defaults(show=print_plain)
+    bench.set_defaults(show=_print_bench)
 
 
 def _bench(args: argparse.Namespace) -> Any:
-    return _commands().bench(args.bundle, args.threads, args.runs, args.seconds, args.spinning)
+    trace = args.profile if isinstance(args.profile, Path) else None
+    return _commands().bench(
+        args.bundle, args.threads, args.runs, args.seconds, args.spinning, profile=bool(args.profile), trace=trace
+    )
+
+
+def _print_bench(answer: dict[str, Any]) -> None:
+    profile = answer.pop("profile", None)
+    print_plain(answer)
+    if profile is not None:
+        from edge_infer.runtime.profile import table
+
+        print("\n".join(["", *table(profile)]))
 
 
 def _progress(step: str) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 from edge_infer.admission import ENGINE_WORDS
 
-#: LiteRT's: ``INFO: [environment.cc:36] ...``; a warning's second line begins with a corner.
-CHATTER = re.compile(rb"(VERBOSE|INFO|WARNING): |\xe2\x94\x94 ")
+#: LiteRT's: ``INFO: [environment.cc:36] ...``; a warning's second line begins with a corner. ``USDT:`` is torch's
+#: profiler, which says that it starts and stops.
+CHATTER = re.compile(rb"(VERBOSE|INFO|WARNING): |USDT:|\xe2\x94\x94 ")
 
 _lock = threading.Lock()
 

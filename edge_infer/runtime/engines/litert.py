@@ -45,11 +45,14 @@ WEIGHTS = "xnnpack.weights"
 
 def suits(bundle: Bundle) -> bool:
     """Whether a compiled model is worth a try here for this bundle."""
-    manifest = bundle.manifest
-    specs = (*manifest.inputs, *manifest.outputs)
+    return engine_cache.worth_it(bundle) and can_compile(bundle)
+
+
+def can_compile(bundle: Bundle) -> bool:
+    """Whether there is a library here, and a type in it for each of the bundle's tensors."""
+    specs = (*bundle.manifest.inputs, *bundle.manifest.outputs)
     return (
-        engine_cache.worth_it(bundle)
-        and all(spec.dtype in ELEMENT_TYPES and len(spec.shape) <= MOST_DIMENSIONS for spec in specs)
+        all(spec.dtype in ELEMENT_TYPES and len(spec.shape) <= MOST_DIMENSIONS for spec in specs)
         and _library_path() is not None
     )
 
@@ -57,7 +60,7 @@ def suits(bundle: Bundle) -> bool:
 def repacked(bundle: Bundle, version: str, folder: Path, verify: str) -> Entry:
     """The weights as XNNPACK reads them, made when they are not there."""
     library_path = _library_path()
-    assert library_path is not None, "suits() says so"
+    assert library_path is not None, "can_compile() says so"
     facts = {"engine": "ai-edge-litert", "version": version, "build": engine_build(library_path)}
     return engine_cache.entry(bundle, folder, facts, verify)
 
@@ -256,6 +259,10 @@ class _Compiled:
             mine[...] = array
         self.run()
         return [mine.copy() for mine in self.outputs]
+
+    def profiler(self) -> c_void_p:
+        """The library's handle on what it notes of each run; none where the options did not ask for it."""
+        return self._model.library.made("CompiledModelGetProfiler", self._handle)
 
     def close(self) -> None:
         self._close.close()

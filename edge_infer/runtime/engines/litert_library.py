@@ -82,6 +82,11 @@ FUNCTIONS: dict[str, Sequence[Any]] = {
     "GetTensorBufferRequirementsBufferSize": (c_void_p, POINTER(c_size_t)),
     "CreateTensorBufferFromHostMemory": (POINTER(TensorType), c_void_p, c_size_t, c_void_p, POINTER(c_void_p)),
     "RunCompiledModel": (c_void_p, c_size_t, c_size_t, POINTER(c_void_p), c_size_t, POINTER(c_void_p)),
+    "CompiledModelGetProfiler": (c_void_p, POINTER(c_void_p)),
+    "StartProfiler": (c_void_p,),
+    "StopProfiler": (c_void_p,),
+    "GetNumProfilerEvents": (c_void_p, POINTER(c_int)),
+    "GetProfilerEvents": (c_void_p, c_int, c_void_p),
 }
 DESTROYERS = ("TensorBuffer", "CompiledModel", "Options", "Model", "Environment")
 
@@ -145,11 +150,14 @@ class Library:
         """How a model is compiled; ``weights`` is the descriptor of the file with XNNPACK's weights."""
         options = self.made("CreateOptions")
         self.SetOptionsHardwareAccelerators(options, CPU)
-        # The library frees the text, and so it has to come from the C library's heap.
-        text = self._strdup(f"num_threads = {threads}\nweight_cache_file_descriptor = {weights}\n".encode())
-        opaque = self.made("CreateOpaqueOptions", b"xnnpack", text, self._free)
-        self.AddOpaqueOptions(options, opaque)
+        self.ask(options, "xnnpack", f"num_threads = {threads}\nweight_cache_file_descriptor = {weights}\n")
         return options
+
+    def ask(self, options: c_void_p, part: str, wishes: str) -> None:
+        """Add what a part of the library is to do, as TOML. A part that does not know its name asks for nothing."""
+        # The library frees the text, and so it has to come from the C library's heap.
+        text = self._strdup(wishes.encode())
+        self.AddOpaqueOptions(options, self.made("CreateOpaqueOptions", part.encode(), text, self._free))
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,10 @@ def import_engine(bundle: Bundle) -> Any:
     return onnxruntime
 
 
-def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
+def open_model(
+    bundle: Bundle, options: EngineOptions, adjust: Callable[[Any], None] = lambda settings: None
+) -> OnnxEngine:
+    """``adjust`` is given the session's options last."""
     onnxruntime = import_engine(bundle)
     version = onnxruntime.__version__
     available = onnxruntime.get_available_providers()
@@ -71,6 +74,7 @@ def open_model(bundle: Bundle, options: EngineOptions) -> OnnxEngine:
         else:
             model = entry.file(MODEL)
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
+    adjust(settings)
     session = onnxruntime.InferenceSession(str(model), settings, providers=providers)
     used = {value: name for name, value in PROVIDERS.items()}[session.get_providers()[0]]
     return OnnxEngine(bundle, session, EngineInfo(package, version, used, options.threads, notes))
@@ -156,6 +160,10 @@ class OnnxEngine:
 
     def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
         return OnnxBuffers(self._session, self._inputs, inputs, self._outputs, self.run(inputs))
+
+    def end_profiling(self) -> str:
+        """The path of the file, where the session's options asked for a profile."""
+        return str(self._session.end_profiling())
 
     def close(self) -> None:
         self._session = None

@@ -36,13 +36,13 @@ def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
         raise EngineError("TFLite runs on the CPU only; leave the choice to the bundle or allow 'cpu' as well")
     notes: tuple[str, ...] = ()
     if options.cache is not None and litert.suits(bundle):
-        info = _info(bundle, options, *PACKAGES[0])
+        info = engine_info(bundle, options, *PACKAGES[0])
         entry = litert.repacked(bundle, info.version, options.cache, options.verify)
         if not entry.failed:
             return litert.CompiledEngine(bundle, info, entry.file(litert.WEIGHTS))
         notes = (f"weights are repacked in private memory: {entry.failed}",)
     package, module = import_engine(bundle)
-    info = replace(_info(bundle, options, package, module.__name__), notes=notes)
+    info = replace(engine_info(bundle, options, package, module.__name__), notes=notes)
     # The file is mapped by its path, and unlike the compiled model the interpreter verifies the flatbuffer.
     with quiet():
         interpreter = module.Interpreter(
@@ -53,7 +53,7 @@ def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
 
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:
     """Open the model with an engine that leaves in ``folder`` what later opens map. May crash: for a child."""
-    return litert.CompiledEngine(bundle, _info(bundle, options, *PACKAGES[0]), folder / litert.WEIGHTS)
+    return litert.CompiledEngine(bundle, engine_info(bundle, options, *PACKAGES[0]), folder / litert.WEIGHTS)
 
 
 def import_engine(bundle: Bundle) -> tuple[str, Any]:
@@ -67,7 +67,7 @@ def import_engine(bundle: Bundle) -> tuple[str, Any]:
     raise missing(bundle, ImportError("; ".join(reasons)))
 
 
-def _info(bundle: Bundle, options: EngineOptions, package: str, module: str) -> EngineInfo:
+def engine_info(bundle: Bundle, options: EngineOptions, package: str, module: str) -> EngineInfo:
     """What is going to run the model. Raises EngineError when it is too old for that."""
     # The package's own word; importlib.metadata would know as well, but its import takes longer than a load.
     version = getattr(importlib.import_module(module.split(".", maxsplit=1)[0]), "__version__", None)
