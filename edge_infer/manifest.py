@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar, cast
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union, cast
 
 from edge_infer.errors import BundleError
 
@@ -35,6 +35,12 @@ PRECISIONS = (
 )
 PROVIDERS = ("tensorrt", "cuda", "cpu")
 IMAGE_SIDE_MAX = 32768
+RESIZE_MODES = ("stretch", "shortest-side", "letterbox")
+#: The grey that YOLO detectors are trained with: https://github.com/ultralytics/yolov5/blob/master/utils/augmentations.py
+FILL = 114
+ACTIVATIONS = ("none", "softmax", "sigmoid")
+BOX_FORMS = ("xyxy", "yxyx", "xywh", "cxcywh")
+BOX_UNITS = ("pixels", "share")
 DTYPES = (
     "float16",
     "float32",
@@ -114,6 +120,17 @@ def positive(value: Any, where: str) -> float:
     return cast(float, value)
 
 
+def pixel(value: Any, where: str) -> int:
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
+    _expect(valid, where, "a whole number of 0 to 255", value)
+    return cast(int, value)
+
+
+def at_least_one(value: Any, where: str) -> int:
+    _expect(count(value, where) > 0, where, "a whole number of at least 1", value)
+    return cast(int, value)
+
+
 def image_size(value: Any, where: str) -> Tuple[int, int]:
     """Height and width in pixels."""
     valid = isinstance(value, list) and len(value) == 2
@@ -191,12 +208,14 @@ class Preprocessing:
     """How an image becomes an input: colour, resize, centre crop, then ``(pixel * scale - mean) / std``, in this order.
 
     Pixels are 0 to 255. ``resize`` and ``crop`` are (height, width). ``mode`` "stretch" gives ``resize`` exactly;
-    "shortest-side" keeps the aspect ratio and just covers ``resize``, and is cropped to ``crop`` or else ``resize``.
+    "shortest-side" keeps the aspect ratio and just covers ``resize``, and is cropped to ``crop`` or else ``resize``;
+    "letterbox" keeps it too, just fits into ``resize``, and is centred there on pixels of the value ``fill``.
     ``mean`` and ``std`` have one number, or one a channel in the order of ``color``; empty means 0 and 1.
     """
 
     resize: Optional[Tuple[int, int]] = read(optional(image_size), default=None)
-    mode: str = read(one_of("stretch", "shortest-side"), default="stretch")
+    mode: str = read(one_of(*RESIZE_MODES), default="stretch")
+    fill: int = read(pixel, default=FILL)
     crop: Optional[Tuple[int, int]] = read(optional(image_size), default=None)
     color: str = read(one_of("RGB", "BGR", "L"), default="RGB")
     scale: float = read(positive, default=1.0)
@@ -221,6 +240,74 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How an output with a score a class becomes the likeliest: activation, then the ``top`` of at least ``threshold``.
+
+    ``output`` may be left out where there is one. ``labels`` is a file of the bundle with a label a line.
+    """
+
+    output: Optional[str] = read(optional(text), default=None)
+    activation: str = read(one_of(*ACTIVATIONS), default="none")
+    top: int = read(at_least_one, default=5)
+    threshold: Optional[float] = read(optional(signed), default=None)
+    labels: Optional[str] = read(optional(plain_name), default=None)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """How the N candidates of a detector become boxes: scores of at least ``threshold``, then of those that overlap by
+    more than ``iou`` (intersection over union) within a class the best, ``top`` at most.
+
+    ``scores`` [1, N, classes] and ``boxes`` [1, N, 4] are outputs; without ``boxes`` the first four columns of
+    ``scores`` are the box, and with ``objectness`` a factor of all scores comes next. ``transposed``: [1, columns, N].
+    With ``ids`` [1, N] the class is there, and ``scores`` is [1, N]. ``background``: class 0 is no object.
+
+    ``form`` and ``unit`` say what the four numbers are: corners (x, y, x, y or y, x, y, x), or left, top or the centre
+    with width and height; in pixels of the model's input or as a share of it. With ``anchors``, a file of the bundle
+    with an array ``anchors`` [N, 4] (centre x and y, width, height, in ``unit``), they are offsets from these: the
+    centre by ``variances[0]`` widths and heights, the size by a factor of ``exp(variances[1] * offset)``
+    (https://arxiv.org/abs/1512.02325, section 2.2).
+    """
+
+    scores: Optional[str] = read(optional(text), default=None)
+    boxes: Optional[str] = read(optional(text), default=None)
+    ids: Optional[str] = read(optional(text), default=None)
+    activation: str = read(one_of(*ACTIVATIONS), default="none")
+    form: str = read(one_of(*BOX_FORMS), default="xyxy")
+    unit: str = read(one_of(*BOX_UNITS), default="pixels")
+    transposed: bool = read(boolean, default=False)
+    objectness: bool = read(boolean, default=False)
+    background: bool = read(boolean, default=False)
+    anchors: Optional[str] = read(optional(plain_name), default=None)
+    variances: Tuple[float, ...] = read(tuple_of(positive, most=2), default=(0.1, 0.2))
+    threshold: float = read(signed, default=0.25)
+    iou: float = read(number, default=0.5)
+    top: int = read(at_least_one, default=100)
+    labels: Optional[str] = read(optional(plain_name), default=None)
+    extra: Mapping[str, Any] = extra()
+
+
+@dataclass(frozen=True)
+class Postprocessing:
+    """How the answers to one image become what ``Session.predict`` gives: one of the two."""
+
+    classes: Optional[Classes] = read(optional(struct(Classes)), default=None)
+    boxes: Optional[Boxes] = read(optional(struct(Boxes)), default=None)
+    extra: Mapping[str, Any] = extra()
+
+    @property
+    def kind(self) -> Union[Classes, Boxes, None]:
+        return self.classes or self.boxes
+
+    @property
+    def files(self) -> Tuple[str, ...]:
+        """What of the bundle it reads."""
+        kind = self.kind
+        return tuple(name for name in (kind and kind.labels, self.boxes and self.boxes.anchors) if name)
 
 
 @dataclass(frozen=True)
@@ -338,6 +425,7 @@ class Manifest:
     files: Mapping[str, FileEntry] = read(mapping_of(plain_name, struct(FileEntry)))
     provenance: Mapping[str, Any] = read(mapping_of(text, anything), default_factory=dict)
     scores: Tuple[SetScore, ...] = read(tuple_of(struct(SetScore)), default=())
+    postprocessing: Optional[Postprocessing] = read(optional(struct(Postprocessing)), default=None)
     extra: Mapping[str, Any] = extra()
 
     def to_bytes(self) -> bytes:
@@ -416,6 +504,7 @@ def _parse(data: bytes) -> Manifest:
 
 def _check_references(manifest: Manifest) -> None:
     named = [manifest.artifact.model, manifest.artifact.weights, manifest.golden.file]
+    named += manifest.postprocessing.files if manifest.postprocessing else ()
     for name in named:
         if name is not None and name not in manifest.files:
             raise BundleError(f"the manifest names the file {name!r} but lists no length and hash for it")

@@ -28,7 +28,7 @@ from edge_infer.evaluate.score import Score
 from edge_infer.quantize import mixed
 from edge_infer.report import html
 from edge_infer.report.record import Findings, make_record
-from edge_infer.request import Request, check_request, limits
+from edge_infer.request import Request, check_postprocess, check_request, limits
 from edge_infer.search import Candidate, Limit, Verdict, decide, promising
 from edge_infer.sets import Sets, choose_sets
 from edge_infer.steps import Steps
@@ -139,6 +139,7 @@ class _Packaging:
             request.metric not in WITHOUT_LABELS,
         )
         self.model = convert.read(source, options, run)
+        check_postprocess(request, self.model.inputs, self.model.outputs)
         self.sets: Sets = choose_sets(
             self.model.samples("calibration"), self.model.samples("evaluation"), self.model.made.answer["samples"]
         )

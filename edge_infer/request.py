@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,17 @@ from edge_infer import quantize
 from edge_infer.bundle import refuse_to_overwrite
 from edge_infer.errors import UsageError
 from edge_infer.evaluate.judge import AGREEMENT, WITHOUT_LABELS, check_metric
-from edge_infer.manifest import FORMATS, MANIFEST_NAME, PLAIN_NAME, PRECISIONS, Preprocessing, TensorSpec
+from edge_infer.manifest import (
+    FORMATS,
+    MANIFEST_NAME,
+    PLAIN_NAME,
+    PRECISIONS,
+    Postprocessing,
+    Preprocessing,
+    TensorSpec,
+)
+from edge_infer.runtime import postprocess
+from edge_infer.runtime.predict import read_files
 from edge_infer.sample_sources import RANDOM
 from edge_infer.search import PREFERENCES, Limit
 from edge_infer.store import is_model_name
@@ -27,6 +37,7 @@ class Request:
     """What to package and how; the defaults are the command line's.
 
     ``target`` is a profile's name or a ``.toml`` file. ``inputs`` gives or overrides the source's inputs.
+    ``postprocess`` is what ``Session.predict`` makes of the answers; the files that it names are in ``attach``.
     ``calibration`` and ``evaluation`` are what ``edge_infer.samples`` reads: an ``.npz``, a folder, a callable.
     ``metric`` is what ``edge_infer.evaluate`` knows, on the output ``scored`` where there are several.
 
@@ -45,6 +56,7 @@ class Request:
     calibration: str | Path | None = None
     inputs: tuple[TensorSpec, ...] = ()
     preprocess: tuple[tuple[str | None, Preprocessing], ...] = ()
+    postprocess: Postprocessing | None = None
     factory: str | None = None
     signature: str | None = None
     trust_pickle: bool = False
@@ -139,6 +151,21 @@ def _check_attached(request: Request) -> None:
             raise UsageError(f"there is no file {path} to attach")
         if path.name in RESERVED or not PLAIN_NAME.match(path.name) or names.count(path.name) > 1:
             raise UsageError(f"{path.name!r} cannot be attached: the name is taken or not plain; rename the file")
+
+
+def check_postprocess(request: Request, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Raise UsageError when the postprocessing does not fit the model, or names files that are not attached."""
+    if request.postprocess is None:
+        return
+    attached = {path.name: path for path in request.attach}
+    absent = [name for name in request.postprocess.files if name not in attached]
+    if absent:
+        raise UsageError(
+            f"the postprocessing names the file {absent[0]!r}, which is not attached; give it with --attach"
+        )
+    if len(inputs) != 1 or inputs[0].preprocessing is None:
+        raise UsageError("--postprocess is about images, but no image becomes the input; give --preprocess as well")
+    postprocess.check(request.postprocess, outputs, *read_files(request.postprocess, attached.__getitem__))
 
 
 def limits(request: Request, target: TargetProfile) -> list[Limit]:

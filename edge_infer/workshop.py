@@ -271,6 +271,7 @@ class Workshop:
             files=describe_files(folder, files),
             provenance=self._provenance(built),
             scores=self._set_scores(built),
+            postprocessing=self.request.postprocess,
         )
         (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
         return open_bundle(folder)

@@ -249,7 +249,7 @@ BAD_TEXTS = {
     "resize=224x": "resize '224x'",
     "resize=9x9x3": "resize '9x9x3'",
     "crop=-3": "crop '-3'",
-    "resize=224,size=3": "'size=3', expected KEY=VALUE with resize, mode, crop",
+    "resize=224,size=3": "'size=3', expected KEY=VALUE with resize, mode, fill, crop",
     "resize=224,": "'', expected KEY=VALUE",
     "resize=224,resize=225": "gives resize twice",
     "scale=1/0": "scale '1/0', expected a number above zero",

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from edge_infer.cli import console
 from edge_infer.cli.devices import add_ssh_options, ssh_options
 from edge_infer.cli.options import byte_count, milliseconds, parse_input, share
+from edge_infer.cli.postprocess import parse_postprocess
 from edge_infer.cli.preprocess import parse_preprocess
 from edge_infer.errors import ConversionError, LimitError
 from edge_infer.manifest import FORMATS, PRECISIONS
@@ -60,6 +61,11 @@ def _add_source_options(group: Any) -> None:
         default=[],
         metavar="[INPUT:]resize=256,crop=224,...",
         help="how an image becomes the input; kept in the bundle",
+    )
+    group.add_argument(
+        "--postprocess",
+        metavar="classes:...|boxes:...",
+        help="what `predict` makes of the answers, such as classes:activation=softmax,top=3,labels=labels.txt",
     )
 
 
@@ -132,6 +138,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
 def _request(args: argparse.Namespace) -> Any:
     from edge_infer.request import Request
 
+    postprocess, files = parse_postprocess(args.postprocess) if args.postprocess else (None, ())
     return Request(
         source=args.source,
         target=args.target,
@@ -145,7 +152,8 @@ def _request(args: argparse.Namespace) -> Any:
         trust_pickle=args.trust_pickle,
         name=args.name,
         version=args.model_version,
-        attach=tuple(args.attach),
+        attach=(*args.attach, *(path for path in files if path not in args.attach)),
+        postprocess=postprocess,
         preprocess=tuple(parse_preprocess(text) for text in args.preprocess),
         evaluation=args.evaluate,
         metric=args.metric,

@@ -6,10 +6,10 @@ import math
 import re
 
 from edge_infer.errors import UsageError
-from edge_infer.manifest import IMAGE_SIDE_MAX, Preprocessing
+from edge_infer.manifest import FILL, IMAGE_SIDE_MAX, RESIZE_MODES, Preprocessing
 
-PREPROCESS_KEYS = ("resize", "mode", "crop", "color", "scale", "mean", "std", "layout")
-CHOICES = {"mode": ("stretch", "shortest-side"), "color": ("RGB", "BGR", "L"), "layout": ("NHWC", "NCHW")}
+PREPROCESS_KEYS = ("resize", "mode", "fill", "crop", "color", "scale", "mean", "std", "layout")
+CHOICES = {"mode": RESIZE_MODES, "color": ("RGB", "BGR", "L"), "layout": ("NHWC", "NCHW")}
 PREPROCESS_FORM = "[NAME:]resize=256,crop=224,scale=1/255,mean=0.485:0.456:0.406,std=0.229:0.224:0.225,layout=NCHW"
 #: A name may hold colons and equals signs, so the steps begin at the first word that is one of theirs.
 _STEPS = re.compile(rf"(?:(?P<name>.+?):)??(?P<steps>(?:{'|'.join(PREPROCESS_KEYS)})=.*)\Z", re.DOTALL)
@@ -19,7 +19,8 @@ def parse_preprocess(text: str) -> tuple[str | None, Preprocessing]:
     """``[NAME:]KEY=VALUE,...``: which input (``None``: the only one) and how an image becomes it.
 
     ``resize=N`` scales the shorter side to N and keeps the aspect ratio; ``resize=HxW`` gives just that size;
-    ``mode=stretch`` or ``mode=shortest-side`` says it otherwise. ``crop=N`` or ``crop=HxW`` keeps the middle.
+    ``mode=stretch`` or ``mode=shortest-side`` says it otherwise, ``mode=letterbox`` fits the image into that size on
+    pixels of the value ``fill`` (0 to 255, default 114). ``crop=N`` or ``crop=HxW`` keeps the middle.
     ``color`` is RGB, BGR or L. Then ``(pixel * scale - mean) / std``; ``scale`` may be a fraction, ``mean`` and
     ``std`` have one number or one a channel. ``layout`` is NHWC or NCHW. Raises UsageError.
     """
@@ -50,6 +51,7 @@ def _preprocessing(given: dict[str, str]) -> Preprocessing:
     return Preprocessing(
         resize=_size("resize", given["resize"]) if "resize" in given else None,
         mode=given.get("mode", natural),
+        fill=_pixel("fill", given["fill"]) if "fill" in given else FILL,
         crop=_size("crop", given["crop"]) if "crop" in given else None,
         color=given.get("color", "RGB"),
         scale=_number("scale", given.get("scale", "1"), positive=True),
@@ -66,6 +68,12 @@ def _size(key: str, text: str) -> tuple[int, int]:
     ):
         raise ValueError(f"{key} {text!r}, expected N or HEIGHTxWIDTH in pixels, each 1 to {IMAGE_SIDE_MAX}")
     return int(sides[0]), int(sides[-1])
+
+
+def _pixel(key: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text) or int(text) > 255:
+        raise ValueError(f"{key} {text!r}, expected a whole number of 0 to 255")
+    return int(text)
 
 
 def _numbers(key: str, text: str, positive: bool = False) -> tuple[float, ...]:

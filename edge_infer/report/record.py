@@ -84,7 +84,8 @@ def _request(request: Request, kind: str) -> dict[str, Any]:
     said = {
         item.name: getattr(request, item.name)
         for item in dataclasses.fields(request)
-        if item.name not in ("source", "output", "inputs", "attach", "preprocess", "ssh_options", "cache", "target")
+        if item.name
+        not in ("source", "output", "inputs", "attach", "preprocess", "postprocess", "ssh_options", "cache", "target")
         and getattr(request, item.name) not in UNSAID
     }
     inputs = [str(spec) for spec in request.inputs]

@@ -25,6 +25,8 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     run.add_argument("--input", type=Path, metavar="FILE.npz", help="arrays by input name (default: a golden case)")
     run.add_argument("--output", type=Path, metavar="FILE.npz", help="where to store the answers")
     run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output))
+    predict = commands.add_parser("predict", help="an image becomes classes or boxes, as the bundle says")
+    predict.set_defaults(call=lambda args: _commands().predict(args.bundle, args.image))
     bench = commands.add_parser("bench", help="load time, latency and memory on this machine")
     bench.add_argument(
         "--threads", type=positive, help="threads of the engine (default: as tuned, else the usable cores)"
@@ -40,11 +42,13 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
     tune.set_defaults(call=lambda args: _commands().tune(args.bundle, args.max_memory, _progress))
-    for parser in (info, verify, run, bench, tune):
+    for parser in (info, verify, run, predict, bench, tune):
         parser.add_argument("bundle", help="a bundle's path, or the name of a model in this device's store")
         parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
         parser.set_defaults(show=print_plain)
     bench.set_defaults(show=_print_bench)
+    predict.add_argument("image", type=Path, help="an image file, which Pillow reads")
+    predict.set_defaults(show=_print_predictions)
 
 
 def _bench(args: argparse.Namespace) -> Any:
@@ -61,6 +65,16 @@ def _print_bench(answer: dict[str, Any]) -> None:
         from edge_infer.runtime.profile import table
 
         print("\n".join(["", *table(profile)]))
+
+
+def _print_predictions(answer: dict[str, Any]) -> None:
+    """One line a class or box, best first."""
+    if "outputs" in answer:
+        print_plain(answer["outputs"])
+    for row in answer.get("predictions", ()):
+        name = row["label"] if row["label"] is not None else row["index"]
+        sides = [f"{side} {row[side]:.1f}" for side in ("left", "top", "right", "bottom") if side in row]
+        print("  ".join([f"{row['score']:.4f}", str(name), *sides]))
 
 
 def _progress(step: str) -> None:

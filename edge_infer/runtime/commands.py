@@ -15,7 +15,7 @@ import numpy as np
 from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import EngineError, InputError, UsageError
-from edge_infer.manifest import SetScore
+from edge_infer.manifest import SetScore, to_json
 from edge_infer.runtime import memory, plan, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
@@ -54,10 +54,29 @@ def info(source: Source) -> dict[str, Any]:
             for check in manifest.checks
         ],
         "scores": [_score(score) for score in manifest.scores],
+        "images become": [
+            f"{spec.name}: {_said(spec.preprocessing)}" for spec in manifest.inputs if spec.preprocessing
+        ],
+        "answers become": [_said(manifest.postprocessing)] if manifest.postprocessing else [],
         "tuned": f"{tuned.setting}: {tuned.p95_ms:.3g} ms at 95 %" if tuned else None,
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }
+
+
+def _said(steps: Any) -> str:
+    """What the manifest says of the steps, defaults left out."""
+    said = to_json(steps)
+    if len(said) == 1 and isinstance(next(iter(said.values())), dict):
+        ((kind, said),) = said.items()
+        return f"{kind} {_pairs(said)}".rstrip()
+    return _pairs(said)
+
+
+def _pairs(row: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={':'.join(map(str, value)) if isinstance(value, list) else value}" for key, value in row.items()
+    )
 
 
 def _score(score: SetScore) -> str:
@@ -109,6 +128,19 @@ def run(source: Source, inputs: Path | None, output: Path | None) -> dict[str, A
         answers = session.run(arrays)
     if output:
         _write_aside(output, answers)
+    return _summary(answers)
+
+
+def predict(source: Source, image: Path) -> dict[str, Any]:
+    """What the bundle makes of an image file. Raises UsageError where it says nothing of images, InputError."""
+    with load(source) as session:
+        found = session.predict(image)
+    if isinstance(found, dict):
+        return {"outputs": _summary(found)}
+    return {"predictions": [dataclasses.asdict(row) for row in found]}
+
+
+def _summary(answers: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     return {
         name: {"dtype": str(array.dtype), "shape": list(array.shape), "first": array.ravel()[:8].tolist()}
         for name, array in answers.items()

@@ -6,6 +6,7 @@ numpy does all of it, so that a device needs nothing more; Pillow only decodes f
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,8 @@ def preprocess(image: Array | str | os.PathLike[str], spec: TensorSpec) -> Array
     """
     steps = check(spec)
     pixels = _colored(image if isinstance(image, np.ndarray) else decode(image), steps.color)
-    if steps.resize is not None:
-        pixels = resize(pixels, _resized_size(steps, _size(pixels)))
-    target = final_size(steps)
-    if target is not None:
-        pixels = _center_crop(pixels, target)
+    where = placement(steps, _size(pixels))
+    pixels = _placed(resize(pixels, where.resized), where, steps.fill)
     _check_size(spec, _size(pixels))
     return _arranged(_scaled(pixels, steps, np.dtype(spec.dtype)), spec)
 
@@ -60,11 +58,42 @@ def check(spec: TensorSpec) -> Preprocessing:
         raise UsageError(
             f"the preprocessing of {spec.name!r} crops {_text(steps.crop)} out of {_text(steps.resize)}; resize to more"
         )
+    if steps.mode == "letterbox" and steps.crop:
+        raise UsageError(
+            f"the preprocessing of {spec.name!r} crops to {_text(steps.crop)} after letterbox fitted it; leave it out"
+        )
     if steps.mode != "stretch" and steps.resize is None:
         raise UsageError(f"the preprocessing of {spec.name!r} has the mode {steps.mode!r} and no resize; give both")
     _check_dtype(spec, steps)
     _check_shape(spec, steps)
     return steps
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image of a size lies in the input, (height, width) in pixels: made ``resized``, then shifted by ``top``
+    and ``left`` into an input of ``size``; they are below zero where it is cropped, above where it is padded."""
+
+    image: Size
+    resized: Size
+    size: Size
+    top: int
+    left: int
+
+
+def placement(steps: Preprocessing, image: Size) -> Placement:
+    """Where an image of a size (height, width) goes. Raises InputError where it is too small to crop."""
+    resized = _resized_size(steps, image) if steps.resize else image
+    size = final_size(steps) or resized
+    if steps.mode == "letterbox":
+        return Placement(image, resized, size, (size[0] - resized[0]) // 2, (size[1] - resized[1]) // 2)
+    if resized[0] < size[0] or resized[1] < size[1]:
+        raise InputError(
+            f"the image has {_text(resized)} pixels, expected at least {_text(size)} to crop; resize it too"
+        )
+    # Halves go to the even pixel, as torchvision.transforms.CenterCrop rounds them.
+    top, left = (-round((old - new) / 2) for old, new in zip(resized, size))
+    return Placement(image, resized, size, top, left)
 
 
 def final_size(steps: Preprocessing) -> Size | None:
@@ -146,19 +175,26 @@ def _resized_size(steps: Preprocessing, have: Size) -> Size:
     height, width = steps.resize
     if steps.mode == "stretch":
         return height, width
+    if steps.mode == "letterbox":
+        # The side that may grow less gets its exact size, the other what the aspect ratio gives, rounded.
+        if height * have[1] <= width * have[0]:
+            return height, max(1, round(height * have[1] / have[0]))
+        return max(1, round(width * have[0] / have[1])), width
     # The side that must grow more gets its exact size, the other what the aspect ratio gives, cut to whole pixels.
     if height * have[1] >= width * have[0]:
         return height, max(width, height * have[1] // have[0])
     return max(height, width * have[0] // have[1]), width
 
 
-def _center_crop(pixels: Array, size: Size) -> Array:
-    have = _size(pixels)
-    if have[0] < size[0] or have[1] < size[1]:
-        raise InputError(f"the image has {_text(have)} pixels, expected at least {_text(size)} to crop; resize it too")
-    # Halves go to the even pixel, as torchvision.transforms.CenterCrop rounds them.
-    top, left = (round((old - new) / 2) for old, new in zip(have, size))
-    return pixels[top : top + size[0], left : left + size[1]]
+def _placed(pixels: Array, where: Placement, fill: int) -> Array:
+    height, width = where.size
+    if where.top < 0 or where.left < 0:
+        return pixels[-where.top : height - where.top, -where.left : width - where.left]
+    if where.size == where.resized:
+        return pixels
+    canvas = np.full((height, width, pixels.shape[2]), fill, np.uint8)
+    canvas[where.top : where.top + where.resized[0], where.left : where.left + where.resized[1]] = pixels
+    return canvas
 
 
 def _colored(image: Array, color: str) -> Array:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from edge_infer.runtime.inputs import InputCheck
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
 from edge_infer.runtime.stats import Recorder, Stats
 from edge_infer.store import Store, default_root, is_model_name, store_of
+
+if TYPE_CHECKING:
+    from edge_infer.runtime.predict import Image, Prediction, Predictor
 
 Array = np.ndarray[Any, Any]
 
@@ -100,6 +103,7 @@ class Session:
         self._input_names = [spec.name for spec in self.inputs]
         self._recorder = Recorder()
         self._buffers: Buffers | None = None
+        self._predictor: Predictor | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -121,6 +125,22 @@ class Session:
             raise
         self._recorder.answered(time.perf_counter() - started)
         return dict(zip(self._output_names, results))
+
+    def predict(self, image: Image) -> Prediction:
+        """An image through the bundle's own preprocessing, the model and the bundle's postprocessing.
+
+        ``image`` is uint8 of height x width, or height x width x 1 (grey), 3 (RGB) or 4 (alpha is dropped), or the
+        path of an image file, which Pillow reads. Gives ``ClassScore`` or ``Detection`` rows, best first; the arrays of
+        ``run`` where the bundle has no postprocessing.
+
+        Raises UsageError (a bundle without preprocessing, or of several inputs), InputError (no image, or one that
+        does not fit), and what ``run`` raises.
+        """
+        if self._predictor is None:
+            from edge_infer.runtime.predict import Predictor
+
+            self._predictor = Predictor(self.bundle)
+        return self._predictor(self.run, image)
 
     def bind(self, shapes: Mapping[str, Sequence[int]] | None = None) -> None:
         """Make ``input_buffers`` and ``output_buffers`` for inputs of these shapes; those made before go on no more.
