@@ -13,6 +13,7 @@ Written to the folder:
     torch_module.pth  torch_script.pt  torch_export.pt2  torch.onnx
     calibration.npz  test.npz                          for the Keras forms (image NHWC; test.npz also holds label)
     calibration_nchw.npz  test_nchw.npz                for the PyTorch and ONNX forms
+    seven.png                                          the second of the test images, a picture in grey; labels.txt
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 SEED = 7
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN, CALIBRATION = 1097, 200
 
 #: The factory that a user of a ``.pth`` state dict has: the network's source beside the weights.
@@ -80,6 +83,9 @@ def save_data(out: Path) -> None:
     for suffix, layout in (("", np.asarray), ("_nchw", nchw)):
         np.savez(out / f"calibration{suffix}.npz", image=layout(parts["calibration"][0]))
         np.savez(out / f"test{suffix}.npz", image=layout(parts["test"][0]), label=parts["test"][1])
+    image, label = parts["test"][0][1, :, :, 0], int(parts["test"][1][1])
+    Image.fromarray(np.rint(image * 255).astype(np.uint8)).save(out / f"{NAMES[label]}.png")
+    (out / "labels.txt").write_text("\n".join(NAMES) + "\n")
 
 
 def train_keras(out: Path) -> float:
