@@ -3,21 +3,83 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_infer.errors import QueueFull, SessionClosed, UsageError
+from edge_infer.errors import EdgeInferError, InputError, QueueFull, SessionClosed, UsageError
+from edge_infer.runtime import batching
 from edge_infer.runtime.session import Session, load
 from edge_infer.runtime.threads import default_threads
 
 Array = np.ndarray[Any, Any]
-Job = tuple[Mapping[str, Array], "Future[dict[str, Array]]"]
+Answer = dict[str, Array]
+
+#: More would be a mistake of the unit.
+LONGEST_WAIT_MS = 60_000
+
+
+class _Request(NamedTuple):
+    """``shape``: what those have in common that may run as one; None for one that runs alone."""
+
+    inputs: Mapping[str, Array]
+    future: Future[Answer]
+    shape: batching.Shape | None
+
+
+class _Queue:
+    """A bounded queue from which requests that fit together are taken at once."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._requests: deque[_Request] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, request: _Request) -> None:
+        """Raises QueueFull, SessionClosed."""
+        with self._changed:
+            if self._closed:
+                raise SessionClosed("the pool is closed; make another")
+            if len(self._requests) >= self.most:
+                raise QueueFull(
+                    f"{self.most} requests are waiting already; send fewer, or make the pool with more sessions or "
+                    "waiting="
+                )
+            self._requests.append(request)
+            self._changed.notify()
+
+    def take(self, most: int, wait_s: float) -> list[_Request]:
+        """The next request, and up to ``most`` in all that fit with it; these may come within ``wait_s``.
+
+        Empty when the queue is closed and nothing waits.
+        """
+        with self._changed:
+            while not self._requests:
+                if self._closed:
+                    return []
+                self._changed.wait()
+            taken = [self._requests.popleft()]
+            end = time.monotonic() + wait_s
+            while len(taken) < most and taken[0].shape is not None:
+                if self._requests:
+                    if self._requests[0].shape != taken[0].shape:
+                        break
+                    taken.append(self._requests.popleft())
+                elif self._closed or not self._changed.wait(end - time.monotonic()):
+                    break
+            return taken
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Pool:
@@ -26,11 +88,16 @@ class Pool:
     Together they use the cores that one session would use (``threads`` for each, by default an equal share). The
     weights are mapped once. ``waiting`` requests may stand in the queue.
 
+    ``batch`` requests at most are run as one, where the model's first dimension is dynamic and its golden questions
+    show that it answers each as if it were alone; a request for which the queue has no company waits ``wait_ms``
+    milliseconds for some. A request that fails fails alone. ``python -m edge_infer bench --throughput`` tells whether
+    batches pay.
+
         with edge_infer.Pool("digits", sessions=2) as pool:
             futures = [pool.submit({"image": image}) for image in images]
             answers = [future.result() for future in futures]
 
-    Raises what ``load`` raises, which takes the further options.
+    Raises what ``load`` raises, which takes the further options, and UsageError where requests cannot be joined.
     """
 
     def __init__(
@@ -39,20 +106,25 @@ class Pool:
         *,
         sessions: int = 2,
         waiting: int = 64,
+        batch: int = 1,
+        wait_ms: float = 0.0,
         threads: int | None = None,
         **options: Any,
     ) -> None:
-        for name, value in (("sessions", sessions), ("waiting", waiting)):
+        for name, value in (("sessions", sessions), ("waiting", waiting), ("batch", batch)):
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name}={value!r}, expected a whole number of at least 1")
+        if not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms <= LONGEST_WAIT_MS:
+            raise UsageError(f"wait_ms={wait_ms!r}, expected milliseconds from 0 to {LONGEST_WAIT_MS}")
         share = max(1, default_threads() // sessions) if threads is None else threads
-        self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
-        self._closed = False
-        self._closing = threading.Lock()
+        self._queue = _Queue(waiting)
+        self._batch, self._wait_s = batch, wait_ms / 1e3
         self.sessions: tuple[Session, ...] = ()
         try:
             for _ in range(sessions):
                 self.sessions += (load(source, threads=share, **options),)
+            if batch > 1:
+                batching.check_joins(self.sessions[0])
         except BaseException:
             for session in self.sessions:
                 session.close()
@@ -61,34 +133,29 @@ class Pool:
         for worker in self._workers:
             worker.start()
 
-    def submit(self, inputs: Mapping[str, Array]) -> Future[dict[str, Array]]:
+    def submit(self, inputs: Mapping[str, Array]) -> Future[Answer]:
         """Queue one request; gives a future of what ``Session.run`` gives or raises. The arrays must stay as they are
         until then. Raises QueueFull at once when too many are waiting, SessionClosed."""
-        future: Future[dict[str, Array]] = Future()
-        with self._closing:
-            if self._closed:
-                raise SessionClosed("the pool is closed; make another")
-            try:
-                self._jobs.put_nowait((inputs, future))
-            except queue.Full:
-                raise QueueFull(
-                    f"{self._jobs.maxsize} requests are waiting already; send fewer, or make the pool with more "
-                    "sessions or waiting="
-                ) from None
-        return future
+        request = _Request(inputs, Future(), self._shape(inputs))
+        self._queue.put(request)
+        return request.future
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _shape(self, inputs: Mapping[str, Array]) -> batching.Shape | None:
+        """None as well for inputs that the session is going to refuse."""
+        if self._batch == 1:
+            return None
+        try:
+            return batching.shape_of(inputs, self.sessions[0])
+        except InputError:
+            return None
+
+    def run(self, inputs: Mapping[str, Array]) -> Answer:
         """``submit`` and wait for the answer."""
         return self.submit(inputs).result()
 
     def close(self) -> None:
         """Answer what is waiting, then release the sessions. May be called twice."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        for _ in self._workers:
-            self._jobs.put(None)
+        self._queue.close()
         for worker in self._workers:
             worker.join()
         for session in self.sessions:
@@ -103,13 +170,22 @@ class Pool:
         self.close()
 
     def _work(self, session: Session) -> None:
-        while (job := self._jobs.get()) is not None:
-            inputs, future = job
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                answer = session.run(inputs)
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(answer)
+        while requests := self._queue.take(self._batch, self._wait_s):
+            _answer(session, [request for request in requests if request.future.set_running_or_notify_cancel()])
+
+
+def _answer(session: Session, requests: Sequence[_Request]) -> None:
+    if len(requests) > 1:
+        try:
+            answers = batching.run_joined(session, [request.inputs for request in requests])
+        except (EdgeInferError, MemoryError):
+            pass  # one of them may be at fault, so each is asked alone
+        else:
+            for request, answer in zip(requests, answers):
+                request.future.set_result(answer)
+            return
+    for request in requests:
+        try:
+            request.future.set_result(session.run(request.inputs))
+        except BaseException as error:
+            request.future.set_exception(error)

@@ -126,6 +126,10 @@ class Session:
         self._recorder.answered(time.perf_counter() - started)
         return dict(zip(self._output_names, results))
 
+    def shapes(self, inputs: Mapping[str, Array]) -> list[tuple[int, ...]]:
+        """The shapes of what ``run`` would be given, in the order of ``inputs``. Raises InputError as ``run`` does."""
+        return [array.shape for array in self._check.arrays(inputs)]
+
     def predict(self, image: Image) -> Prediction:
         """An image through the bundle's own preprocessing, the model and the bundle's postprocessing.
 
