@@ -38,33 +38,72 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
         "--profile", type=Path, nargs="?", const=True, metavar="FILE.json",
         help="which operators the time goes to as well, and a Chrome trace of them in FILE.json",
     )  # fmt: skip
+    bench.add_argument(
+        "--throughput", action="store_true",
+        help="answers a second of a Pool instead: by its sessions, the threads of each, the size of a batch",
+    )  # fmt: skip
+    bench.add_argument("--setting", help=argparse.SUPPRESS)  # how tune and --throughput ask their children
+    bench.add_argument("--pool", type=positive, nargs=3, help=argparse.SUPPRESS)
     bench.set_defaults(call=_bench)
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
-    tune.set_defaults(call=lambda args: _commands().tune(args.bundle, args.max_memory, _progress))
+    tune.add_argument("--throughput", action="store_true", help="how a Pool gives the most answers a second instead")
+    tune.set_defaults(call=_tune)
     for parser in (info, verify, run, predict, bench, tune):
         parser.add_argument("bundle", help="a bundle's path, or the name of a model in this device's store")
         parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
         parser.set_defaults(show=print_plain)
-    bench.set_defaults(show=_print_bench)
+    for parser in (bench, tune):
+        parser.set_defaults(show=_print_bench)
     predict.add_argument("image", type=Path, help="an image file, which Pillow reads")
     predict.set_defaults(show=_print_predictions)
 
 
 def _bench(args: argparse.Namespace) -> Any:
+    from edge_infer.runtime.plan import PoolSetting, Setting
+
+    if args.pool:
+        return _commands().throughput_of(args.bundle, PoolSetting(*args.pool), args.seconds)
+    if args.throughput:
+        return _commands().throughput(args.bundle, progress=_progress)
     trace = args.profile if isinstance(args.profile, Path) else None
+    setting = Setting.from_row(json.loads(args.setting)) if args.setting else None
     return _commands().bench(
-        args.bundle, args.threads, args.runs, args.seconds, args.spinning, profile=bool(args.profile), trace=trace
+        args.bundle,
+        args.threads,
+        args.runs,
+        args.seconds,
+        args.spinning,
+        profile=bool(args.profile),
+        trace=trace,
+        setting=setting,
     )
 
 
+def _tune(args: argparse.Namespace) -> Any:
+    if args.throughput:
+        return _commands().throughput(args.bundle, keep=True, progress=_progress)
+    return _commands().tune(args.bundle, args.max_memory, _progress)
+
+
 def _print_bench(answer: dict[str, Any]) -> None:
-    profile = answer.pop("profile", None)
+    tables = {name: answer.pop(name) for name in ("profile", "throughput") if name in answer}
     print_plain(answer)
-    if profile is not None:
+    if "profile" in tables:
         from edge_infer.runtime.profile import table
 
-        print("\n".join(["", *table(profile)]))
+        print("\n".join(["", *table(tables["profile"])]))
+    if "throughput" in tables:
+        _print_throughput(tables["throughput"])
+
+
+def _print_throughput(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'sessions':>8}  {'threads':>7}  {'batch':>5}  {'answers/s':>9}  {'p50 ms':>7}  {'peak MB':>7}")
+    for row in rows:
+        print(
+            f"{row['sessions']:8}  {row['threads']:7}  {row['batch']:5}  {row['per_second']:9.4g}  "
+            f"{row['p50_ms']:7.3g}  {row['peak_bytes'] / 1e6:7.3g}"
+        )
 
 
 def _print_predictions(answer: dict[str, Any]) -> None:
@@ -162,5 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare.add_argument("bundle", type=Path)
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("--json", action="store_true")
-    prepare.set_defaults(call=lambda args: _commands().prepare(args.bundle, args.folder), show=print_plain)
+    prepare.add_argument("--prepack", action=argparse.BooleanOptionalAction, help="not as the bundle says")
+    prepare.set_defaults(
+        call=lambda args: _commands().prepare(args.bundle, args.folder, args.prepack), show=print_plain
+    )
     return report(parser.parse_args(argv))

@@ -20,7 +20,8 @@ from edge_infer.runtime import memory, plan, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
 from edge_infer.runtime.golden import read_golden, self_test
-from edge_infer.runtime.session import Session, cache_of, find_bundle, load
+from edge_infer.runtime.plan import PoolMeasured, PoolSetting, Setting
+from edge_infer.runtime.session import Session, cache_of, find_bundle, load, open_session
 from edge_infer.runtime.threads import default_threads
 
 Source = str | os.PathLike[str]
@@ -34,7 +35,7 @@ def info(source: Source) -> dict[str, Any]:
     """The manifest in short: contract, artifact, checks, files."""
     bundle = find_bundle(source)
     manifest = bundle.manifest
-    tuned = plan.read(bundle, cache_of(bundle))
+    tuned, pool = plan.read(bundle, cache_of(bundle)), plan.read_pool(bundle, cache_of(bundle))
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -59,6 +60,7 @@ def info(source: Source) -> dict[str, Any]:
         ],
         "answers become": [_said(manifest.postprocessing)] if manifest.postprocessing else [],
         "tuned": f"{tuned.setting}: {tuned.p95_ms:.3g} ms at 95 %" if tuned else None,
+        "tuned pool": f"{pool.setting}: {pool.per_second:.3g} answers a second" if pool else None,
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }
@@ -100,15 +102,18 @@ def selftest(source: Source) -> dict[str, Any]:
         return {"engine": dataclasses.asdict(session.info), "largest_difference": worst}
 
 
-def prepare(path: Path, folder: Path) -> dict[str, Any]:
+def prepare(path: Path, folder: Path, prepack: bool | None = None) -> dict[str, Any]:
     """Fill ``folder`` with what the engine makes of the model once, and ask it the golden questions.
+
+    ``prepack``: whether ONNX Runtime repacks weights, None as the bundle says.
 
     Raises EngineError, SelfTestFailed, InputError where the engine cannot be used in that way.
     """
     bundle = bundles.open_bundle(path)
     bundles.verify(bundle, mode="full", inspect=check_model)
     _require_different_sizes(bundle)
-    with Session(bundle, prepare_engine(bundle, EngineOptions(default_threads()), folder)) as session:
+    options = EngineOptions(default_threads(), prepack=prepack)
+    with Session(bundle, prepare_engine(bundle, options, folder)) as session:
         return {"largest_difference": self_test(session)}
 
 
@@ -177,19 +182,48 @@ def tune(
     source: Source, max_memory: int | None = None, progress: Callable[[str], None] = lambda step: None
 ) -> dict[str, Any]:
     """Find how the bundle runs fastest here, and keep that for every later load. Raises OutOfMemory."""
+    from edge_infer.runtime import tuning
+
     bundle = find_bundle(source)
-    tried = plan.settings(bundle.manifest.artifact.format, default_threads())
-    rows = plan.measure(bundle.path, tried, progress)
-    chosen = plan.choose(rows, max_memory)
-    kept = plan.keep(bundle, cache_of(bundle), chosen)
+    best, rows = tuning.tune(bundle, max_memory, progress)
     return {
         "name": bundle.manifest.name,
-        "chosen": str(chosen.setting),
-        "kept": kept,
+        "chosen": str(best.setting),
+        "kept": plan.keep(bundle, cache_of(bundle), best),
         "settings": {
             str(row.setting): {"p50_ms": row.p50_ms, "p95_ms": row.p95_ms, "peak_bytes": row.peak_bytes} for row in rows
         },
     }
+
+
+def throughput(
+    source: Source, keep: bool = False, progress: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
+    """Answers a second of a ``Pool`` by sessions, threads of each and batch; ``keep`` the best for later ones."""
+    from edge_infer.runtime import throughput as pools
+
+    bundle = find_bundle(source)
+    rows = pools.measure(bundle, progress)
+    best = pools.choose(rows)
+    kept = {"kept": plan.keep_pool(bundle, cache_of(bundle), best)} if keep else {}
+    return {
+        "name": bundle.manifest.name,
+        "best": dataclasses.asdict(best.setting),
+        **kept,
+        "throughput": [_pool_row(row) for row in rows],
+    }
+
+
+def throughput_of(source: Source, setting: PoolSetting, seconds: float) -> dict[str, Any]:
+    """``throughput`` of one setting, in this process."""
+    from edge_infer.runtime import throughput as pools
+
+    return _pool_row(pools.measure_here(find_bundle(source), setting, seconds))
+
+
+def _pool_row(row: PoolMeasured) -> dict[str, Any]:
+    figures = dataclasses.asdict(row)
+    return {**figures.pop("setting"), **figures}
 
 
 def bench(
@@ -200,6 +234,7 @@ def bench(
     spinning: bool | None = None,
     profile: bool = False,
     trace: Path | None = None,
+    setting: Setting | None = None,
 ) -> dict[str, Any]:
     """Time opening and running the bundle's first golden case in this process.
 
@@ -207,6 +242,7 @@ def bench(
     imported engine, after the runs. ``peak_bytes``: the largest resident size of the whole process.
     ``throttled``: whether the machine slowed its processor meanwhile, None where it does not say.
     ``profile``: afterwards, the time of each operator as well; ``trace``: and a Chrome trace of it in that file.
+    ``setting`` is what ``threads`` and ``spinning`` would choose, whole.
     """
     bundle = find_bundle(source)
     if trace is not None:
@@ -214,12 +250,19 @@ def bench(
 
         check_trace(trace)
     engine_module(bundle).import_engine(bundle)
-    load(source, threads=threads, spinning=spinning).close()  # hashes the files and leaves the stamp
+    cache = cache_of(bundle)
+    setting = setting or plan.chosen(bundle, cache, threads, spinning)
+
+    def opened() -> Session:
+        bundles.verify(bundle, "auto", cache, check_model)
+        return open_session(bundle, cache, setting)
+
+    opened().close()  # hashes the files and leaves the stamp
     asked = read_golden(bundle)[0][0]
     baseline = memory.private_bytes()
     cool = thermal.read()
     started = time.perf_counter()
-    with load(source, threads=threads, spinning=spinning) as session:
+    with opened() as session:
         loaded = time.perf_counter()
         session.run(asked)
         answered = time.perf_counter()
@@ -236,8 +279,7 @@ def bench(
             **thermal.between(cool, thermal.read()),
         }
     if profile or trace is not None:
-        setting = plan.chosen(bundle, cache_of(bundle), threads, spinning)
-        options = EngineOptions(setting.threads, None, cache_of(bundle), spinning=setting.spinning)
+        options = EngineOptions(setting.threads, None, cache, spinning=setting.spinning, prepack=setting.prepack)
         found = _profile(bundle, options, asked, runs, seconds, trace)
         measured["profile"] = found | {"unprofiled_p50_ms": measured["p50_ms"]}
     return measured

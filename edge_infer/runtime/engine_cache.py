@@ -136,21 +136,24 @@ def worth_it(bundle: Bundle) -> bool:
     return bundle.manifest.size >= SMALLEST_BYTES
 
 
-def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str) -> Entry:
+def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, prepack: bool | None = None) -> Entry:
     """The entry of ``bundle`` in ``folder`` for an engine with these ``facts``, made when it is not there."""
     cache = EngineCache(folder, bundle.digest, facts)
-    return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside))
+    return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside, prepack))
 
 
-def prepare_in_child(bundle: Bundle, folder: Path) -> str:
+def prepare_in_child(bundle: Bundle, folder: Path, prepack: bool | None = None) -> str:
     """Let a child open the bundle with an engine that fills ``folder``, and ask it the golden questions.
 
     Gives an empty text, or the sentence why it must not be tried again. Raises OSError for what may pass.
     """
     from edge_infer import admission
 
+    arguments = ["prepare", str(bundle.path.absolute()), str(folder)]
+    if prepack is not None:
+        arguments.append("--prepack" if prepack else "--no-prepack")
     try:
-        admission.run_child(sys.executable, ["prepare", str(bundle.path.absolute()), str(folder)], CHILD_S)
+        admission.run_child(sys.executable, arguments, CHILD_S)
     except (EngineError, InputError, SelfTestFailed) as error:
         if isinstance(error, OutOfMemory):
             raise OSError(str(error)) from error

@@ -1,16 +1,17 @@
-"""How a model runs fastest on this device: measured once, and used by every load that does not ask otherwise."""
+"""How a model runs fastest on this device, as measured: kept, and used by every load that does not ask otherwise.
+
+``tuning`` and ``throughput`` measure; this file keeps what they find.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_infer.errors import OutOfMemory
 from edge_infer.runtime.engine_cache import EngineCache
 from edge_infer.runtime.threads import default_threads
 
@@ -18,22 +19,48 @@ if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
 
 PLAN_NAME = "plan.json"
-#: Each setting is measured so often, all of them in turn, and so long each time.
-ROUNDS, SECONDS = 3, 0.5
-#: A setting that takes more threads or lets them spin has to be so much faster: other programs need cores too.
-WORTH = 0.95
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``spinning``: idle threads wait in a loop, which answers small models sooner and takes a whole core each."""
+    """How one session runs.
+
+    ``spinning``: idle threads of ONNX Runtime wait in a loop, which answers small models sooner and takes a whole core
+    each. ``cores``: the engine's threads stay on these; none means all that the process may use. ``prepack``: whether
+    ONNX Runtime repacks weights, None as the bundle says.
+    """
 
     threads: int
     spinning: bool = False
+    cores: tuple[int, ...] = ()
+    prepack: bool | None = None
 
     def __str__(self) -> str:
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{threads}, spinning" if self.spinning else threads
+        said = ["1 thread" if self.threads == 1 else f"{self.threads} threads"]
+        if self.cores:
+            said.append(f"on cores {', '.join(map(str, self.cores))}")
+        if self.spinning:
+            said.append("spinning")
+        if self.prepack is not None:
+            said.append("weights repacked" if self.prepack else "weights as they are")
+        return ", ".join(said)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_row(cls, row: Any) -> Setting:
+        """From what ``to_json`` says, parsed. Raises ValueError."""
+        try:
+            cores, prepack = row["cores"], row["prepack"]
+            return cls(
+                int(row["threads"]),
+                bool(row["spinning"]),
+                tuple(int(core) for core in cores),
+                None if prepack is None else bool(prepack),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{row!r} is no setting") from error
 
 
 @dataclass(frozen=True)
@@ -46,79 +73,60 @@ class Measured:
     peak_bytes: int
 
 
-def settings(format: str, cores: int) -> list[Setting]:
-    """What is tried, the friendliest to other programs first."""
-    counts = [count for count in (1, 2, 4, 8, 16, 32) if count < cores] + [cores]
-    spins = (False, True) if format == "onnx" else (False,)
-    return [Setting(count, spinning) for spinning in spins for count in counts if count > 1 or not spinning]
+@dataclass(frozen=True)
+class PoolSetting:
+    """How a ``Pool`` runs: ``threads`` are those of each session, ``batch`` the requests that may run as one."""
+
+    sessions: int
+    threads: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.sessions} x {self.threads}, batch {self.batch}"
 
 
-def choose(rows: Sequence[Measured], max_memory: int | None = None) -> Measured:
-    """The setting whose slow runs (p95) are fastest; a later one only where that is worth it. Raises OutOfMemory."""
-    fitting = [row for row in rows if max_memory is None or row.peak_bytes <= max_memory]
-    if not fitting:
-        least = min(row.peak_bytes for row in rows)
-        raise OutOfMemory(
-            f"no setting keeps the process within {max_memory:,} bytes, the least was {least:,}; allow more, or "
-            "package a smaller precision"
-        )
-    best = fitting[0]
-    for row in fitting[1:]:
-        if row.p95_ms < best.p95_ms * WORTH:
-            best = row
-    return best
+@dataclass(frozen=True)
+class PoolMeasured:
+    """Answers a second under full load, the median milliseconds of a request then, the largest resident size."""
 
-
-def measure(
-    bundle: Path, tried: Sequence[Setting], progress: Callable[[str], None] = lambda step: None
-) -> list[Measured]:
-    """Time each setting in children of its own. Raises what opening the bundle raises."""
-    import statistics  # here, since its import takes longer than opening a model
-
-    from edge_infer import admission
-
-    answers: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in tried}
-    for number in range(ROUNDS):
-        for setting, rows in answers.items():
-            progress(f"measuring {setting} ({number + 1} of {ROUNDS})")
-            arguments = ["bench", str(bundle.absolute()), "--threads", str(setting.threads), "--seconds", str(SECONDS)]
-            rows.append(admission.run_child(sys.executable, [*arguments, *(["--spinning"] * setting.spinning)]))
-    return [
-        Measured(
-            setting,
-            statistics.median(row["p50_ms"] for row in rows),
-            statistics.median(row["p95_ms"] for row in rows),
-            max(row["peak_bytes"] for row in rows),
-        )
-        for setting, rows in answers.items()
-    ]
+    setting: PoolSetting
+    per_second: float
+    p50_ms: float
+    peak_bytes: int
 
 
 def keep(bundle: Bundle, cache: Path, chosen: Measured) -> bool:
     """Store the choice for this bundle on this processor with these cores; False where that is not possible."""
-    kept = _cache(bundle, cache)
-    kept.remove()
-
-    def write(folder: Path) -> str:
-        (folder / PLAN_NAME).write_text(json.dumps(asdict(chosen)))
-        return ""
-
-    return not kept.build(write).failed
+    return _keep(bundle, cache, "plan", asdict(chosen))
 
 
 def read(bundle: Bundle, cache: Path) -> Measured | None:
     """What ``keep`` stored, if it did."""
-    kept = _cache(bundle, cache)
-    if not os.path.isdir(kept.path):  # noqa: PTH112 - half the time of Path's, at each load
-        return None
-    entry = kept.find()
-    if entry is None or entry.failed:
-        return None
+    row = _read(bundle, cache, "plan")
     try:
-        row = json.loads(entry.file(PLAN_NAME).read_bytes())
-        setting = Setting(int(row["setting"]["threads"]), bool(row["setting"]["spinning"]))
-        return Measured(setting, float(row["p50_ms"]), float(row["p95_ms"]), int(row["peak_bytes"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return row and Measured(
+            Setting.from_row(row["setting"]), float(row["p50_ms"]), float(row["p95_ms"]), int(row["peak_bytes"])
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_pool(bundle: Bundle, cache: Path, chosen: PoolMeasured) -> bool:
+    """``keep`` for what a ``Pool`` does best."""
+    return _keep(bundle, cache, "pool plan", asdict(chosen))
+
+
+def read_pool(bundle: Bundle, cache: Path) -> PoolMeasured | None:
+    """What ``keep_pool`` stored, if it did."""
+    row = _read(bundle, cache, "pool plan")
+    try:
+        return row and PoolMeasured(
+            PoolSetting(*(int(row["setting"][name]) for name in ("sessions", "threads", "batch"))),
+            float(row["per_second"]),
+            float(row["p50_ms"]),
+            int(row["peak_bytes"]),
+        )
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -128,5 +136,29 @@ def chosen(bundle: Bundle, cache: Path, threads: int | None, spinning: bool | No
     return tuned.setting if tuned else Setting(threads or default_threads(), bool(spinning))
 
 
-def _cache(bundle: Bundle, folder: Path) -> EngineCache:
-    return EngineCache(folder, bundle.digest, {"what": "plan", "cores": str(default_threads())})
+def _keep(bundle: Bundle, cache: Path, what: str, row: Mapping[str, Any]) -> bool:
+    kept = _cache(bundle, cache, what)
+    kept.remove()
+
+    def write(folder: Path) -> str:
+        (folder / PLAN_NAME).write_text(json.dumps(row))
+        return ""
+
+    return not kept.build(write).failed
+
+
+def _read(bundle: Bundle, cache: Path, what: str) -> Any:
+    kept = _cache(bundle, cache, what)
+    if not os.path.isdir(kept.path):  # noqa: PTH112 - half the time of Path's, at each load
+        return None
+    entry = kept.find()
+    if entry is None or entry.failed:
+        return None
+    try:
+        return json.loads(entry.file(PLAN_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _cache(bundle: Bundle, folder: Path, what: str) -> EngineCache:
+    return EngineCache(folder, bundle.digest, {"what": what, "cores": str(default_threads())})

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edge_infer.errors import EdgeInferError, InputError, QueueFull, SessionClosed, UsageError
-from edge_infer.runtime import batching
-from edge_infer.runtime.session import Session, load
+from edge_infer.runtime import batching, cores, plan
+from edge_infer.runtime.plan import PoolSetting
+from edge_infer.runtime.session import Session, cache_of, find_bundle, load
 from edge_infer.runtime.threads import default_threads
 
 Array = np.ndarray[Any, Any]
@@ -86,7 +87,8 @@ class Pool:
     """``sessions`` of one model, each with a thread of its own that takes requests from one queue.
 
     Together they use the cores that one session would use (``threads`` for each, by default an equal share). The
-    weights are mapped once. ``waiting`` requests may stand in the queue.
+    weights are mapped once. ``waiting`` requests may stand in the queue. Where neither ``sessions``, ``threads`` nor
+    ``batch`` is given, they are what ``python -m edge_infer tune --throughput`` found best here, else two sessions.
 
     ``batch`` requests at most are run as one, where the model's first dimension is dynamic and its golden questions
     show that it answers each as if it were alone; a request for which the queue has no company waits ``wait_ms``
@@ -104,26 +106,26 @@ class Pool:
         self,
         source: str | os.PathLike[str],
         *,
-        sessions: int = 2,
+        sessions: int | None = None,
         waiting: int = 64,
-        batch: int = 1,
+        batch: int | None = None,
         wait_ms: float = 0.0,
         threads: int | None = None,
         **options: Any,
     ) -> None:
-        for name, value in (("sessions", sessions), ("waiting", waiting), ("batch", batch)):
-            if not isinstance(value, int) or value < 1:
+        for name, value in (("sessions", sessions), ("waiting", waiting), ("threads", threads), ("batch", batch)):
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name}={value!r}, expected a whole number of at least 1")
         if not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms <= LONGEST_WAIT_MS:
             raise UsageError(f"wait_ms={wait_ms!r}, expected milliseconds from 0 to {LONGEST_WAIT_MS}")
-        share = max(1, default_threads() // sessions) if threads is None else threads
+        setting = _setting(source, options.get("cache_dir"), sessions, threads, batch)
         self._queue = _Queue(waiting)
-        self._batch, self._wait_s = batch, wait_ms / 1e3
+        self._batch, self._wait_s = setting.batch, wait_ms / 1e3
         self.sessions: tuple[Session, ...] = ()
         try:
-            for _ in range(sessions):
-                self.sessions += (load(source, threads=share, **options),)
-            if batch > 1:
+            for _ in range(setting.sessions):
+                self.sessions += (load(source, threads=setting.threads, **options),)
+            if setting.batch > 1:
                 batching.check_joins(self.sessions[0])
         except BaseException:
             for session in self.sessions:
@@ -170,8 +172,23 @@ class Pool:
         self.close()
 
     def _work(self, session: Session) -> None:
+        if session.setting.cores:
+            cores.keep_to(session.setting.cores)
         while requests := self._queue.take(self._batch, self._wait_s):
             _answer(session, [request for request in requests if request.future.set_running_or_notify_cancel()])
+
+
+def _setting(
+    source: str | os.PathLike[str], cache_dir: Any, sessions: int | None, threads: int | None, batch: int | None
+) -> PoolSetting:
+    """What is asked for; where nothing is, what was found best here."""
+    if sessions is threads is batch is None:
+        bundle = find_bundle(source)
+        tuned = plan.read_pool(bundle, cache_of(bundle, cache_dir))
+        if tuned:
+            return tuned.setting
+    sessions = sessions or 2
+    return PoolSetting(sessions, threads or max(1, default_threads() // sessions), batch or 1)
 
 
 def _answer(session: Session, requests: Sequence[_Request]) -> None:

@@ -17,8 +17,10 @@ from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
 from edge_infer.runtime import memory, plan
 from edge_infer.runtime.buffers import Buffers
+from edge_infer.runtime.cores import kept_to
 from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
 from edge_infer.runtime.inputs import InputCheck
+from edge_infer.runtime.plan import Setting
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
 from edge_infer.runtime.stats import Recorder, Stats
 from edge_infer.store import Store, default_root, is_model_name, store_of
@@ -65,15 +67,31 @@ def load(
     cache = cache_of(bundle, cache_dir)
     bundles.verify(bundle, verify, cache, check_model)
     setting = plan.chosen(bundle, cache, threads, spinning)
-    engine = open_engine(bundle, EngineOptions(setting.threads, providers, cache, verify, setting.spinning))
-    memory.give_back()
-    session = Session(bundle, engine, cache)
-    try:
-        if residency != "lazy":
-            {"prefault": prefault, "lock": lock}[residency](session.files)
-    except BaseException:
-        session.close()
-        raise
+    return open_session(bundle, cache, setting, providers=providers, verify=verify, residency=residency)
+
+
+def open_session(
+    bundle: Bundle,
+    cache: Path,
+    setting: Setting,
+    *,
+    providers: tuple[str, ...] | None = None,
+    verify: str = "auto",
+    residency: str = "lazy",
+) -> Session:
+    """``load`` for a bundle whose files were checked, with a setting that is known."""
+    options = EngineOptions(setting.threads, providers, cache, verify, setting.spinning, setting.prepack)
+    with kept_to(setting.cores):
+        session = Session(bundle, open_engine(bundle, options), cache, setting)
+        memory.give_back()
+        try:
+            if setting.cores:
+                session.warm_up()  # some engines start their threads only now
+            if residency != "lazy":
+                {"prefault": prefault, "lock": lock}[residency](session.files)
+        except BaseException:
+            session.close()
+            raise
     return session
 
 
@@ -92,8 +110,11 @@ def cache_of(bundle: Bundle, cache_dir: str | os.PathLike[str] | None = None) ->
 class Session:
     """An open model. May be used from several threads; use it as a context manager or call ``close()``."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, cache: Path | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, cache: Path | None = None, setting: Setting | None = None
+    ) -> None:
         self.bundle = bundle
+        self.setting = setting or Setting(engine.info.threads)
         self._cache = cache
         self.inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         self.outputs: tuple[TensorSpec, ...] = bundle.manifest.outputs
@@ -125,6 +146,13 @@ class Session:
             raise
         self._recorder.answered(time.perf_counter() - started)
         return dict(zip(self._output_names, results))
+
+    def warm_up(self) -> None:
+        """Run once on the first golden question, which ``stats`` does not count."""
+        from edge_infer.runtime.golden import read_golden
+
+        asked, _ = read_golden(self.bundle)[0]
+        self._open_engine().run(self._check.arrays(asked))
 
     def shapes(self, inputs: Mapping[str, Array]) -> list[tuple[int, ...]]:
         """The shapes of what ``run`` would be given, in the order of ``inputs``. Raises InputError as ``run`` does."""

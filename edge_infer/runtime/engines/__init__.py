@@ -43,7 +43,8 @@ class EngineOptions:
     """How to open a model.
 
     ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next;
-    ``spinning`` lets idle threads of ONNX Runtime wait in a loop.
+    ``spinning`` lets idle threads of ONNX Runtime wait in a loop; ``prepack`` whether it repacks weights, None as the
+    bundle says.
     """
 
     threads: int
@@ -51,6 +52,7 @@ class EngineOptions:
     cache: Path | None = None
     verify: str = "auto"
     spinning: bool = False
+    prepack: bool | None = None
 
 
 @dataclass(frozen=True)

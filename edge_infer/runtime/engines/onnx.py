@@ -66,7 +66,7 @@ def open_model(
     providers, notes = _providers(bundle, options, available)
     notes = (*notes, "idle threads spin") if options.spinning else notes
     model = bundle.file(bundle.manifest.artifact.model)
-    settings = session_options(bundle, options.threads, options.spinning)
+    settings = session_options(bundle, options.threads, options.spinning, options.prepack)
     if options.cache is not None and engine_cache.worth_it(bundle) and providers == [PROVIDERS["cpu"]]:
         entry = _laid_out(bundle, package, options)
         if entry.failed:
@@ -88,14 +88,14 @@ def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#onnx-runtime-prepacked-weights
     """
     onnxruntime = import_engine(bundle)
-    settings = session_options(bundle, options.threads, options.spinning)
+    settings = session_options(bundle, options.threads, options.spinning, options.prepack)
     settings.optimized_model_filepath = str(folder / MODEL)
     for name, value in KEEPING.items():
         settings.add_session_config_entry(f"session.{name}", value)
     onnxruntime.InferenceSession(
         str(bundle.file(bundle.manifest.artifact.model)), settings, providers=[PROVIDERS["cpu"]]
     )
-    settings = session_options(bundle, options.threads, options.spinning)
+    settings = session_options(bundle, options.threads, options.spinning, options.prepack)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(folder / MODEL), settings, providers=[PROVIDERS["cpu"]])
     return OnnxEngine(bundle, session, EngineInfo("onnxruntime", onnxruntime.__version__, "cpu", options.threads))
@@ -106,11 +106,13 @@ def _laid_out(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
     from onnxruntime.capi import onnxruntime_pybind11_state as library
 
     facts = {"engine": package, "version": onnxruntime.__version__, "build": engine_build(Path(library.__file__))}
+    if options.prepack not in (None, bundle.manifest.artifact.prepack):
+        facts["prepack"] = str(options.prepack)
     assert options.cache is not None
-    return engine_cache.entry(bundle, options.cache, facts, options.verify)
+    return engine_cache.entry(bundle, options.cache, facts, options.verify, options.prepack)
 
 
-def session_options(bundle: Bundle, threads: int, spinning: bool = False) -> Any:
+def session_options(bundle: Bundle, threads: int, spinning: bool = False, prepack: bool | None = None) -> Any:
     """The options a bundle is opened with; public so that anyone can compare with the plain engine."""
     import onnxruntime
 
@@ -120,7 +122,7 @@ def session_options(bundle: Bundle, threads: int, spinning: bool = False) -> Any
     options.log_severity_level = 3
     # Idle worker threads that spin starve the application on a small board.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    if not bundle.manifest.artifact.prepack:
+    if not (bundle.manifest.artifact.prepack if prepack is None else prepack):
         # Repacked weights would live on the heap, a private copy in every process.
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
