@@ -26,6 +26,7 @@ from edge_infer.deploy.push import push, rollback, status
 from edge_infer.deploy.receiver import Receiver
 from edge_infer.deploy.transport import Transport
 from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, SelfTestFailed
+from edge_infer.runtime import plan
 from edge_infer.runtime.arrays import write_npz
 from edge_infer.runtime.session import load
 from edge_infer.store import Store
@@ -175,6 +176,25 @@ def test_a_file_that_another_release_has_is_not_sent_again(local, onnx, tmp_path
     assert pushed.sent_bytes == 0 and pushed.digest != onnx.digest
     assert "copy weights.bin from another release" in [str(step) for step in pushed.steps]
     assert local.current("digits").manifest.version == "2"
+
+
+def test_a_push_can_tune_the_model_before_it_serves(device, onnx, monkeypatch):
+    pushed = device.push(onnx, tune=True)
+    assert f"tune {onnx.digest[:12]}" in [str(step) for step in pushed.steps]
+    monkeypatch.setenv("EDGE_INFER_HOME", str(device.store))
+    kept = plan.read(device.current("digits"), Store(device.store).cache)
+    assert kept is not None and str(kept.setting) == pushed.tuned
+    with load("digits") as session:
+        assert session.setting == kept.setting
+
+
+def test_tuning_that_fails_keeps_no_model_from_serving(local, onnx, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$3" = tune ] && echo broken >&2 && exit 9\nexec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    assert main(["push", str(onnx.path), *local.arguments, "--python", str(python), "--tune"]) == 0
+    assert "; not tuned: " in capsys.readouterr().out
+    assert local.current("digits").digest == onnx.digest
 
 
 def test_an_interrupted_push_goes_on_where_it_stopped(device, onnx):

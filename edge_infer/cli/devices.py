@@ -17,6 +17,7 @@ def add_commands(commands: Any) -> None:
     push.add_argument("bundle", type=Path, metavar="BUNDLE")
     push.add_argument("devices", nargs="+", metavar="DEVICE")
     push.add_argument("--dry-run", action="store_true", help="print the steps and take none")
+    push.add_argument("--tune", action="store_true", help="measure there how the model runs fastest, and keep that")
     push.add_argument("--self-test-timeout", type=float, default=120.0, metavar="SECONDS")
     push.set_defaults(call=call_push, show=show_push)
     status = commands.add_parser("status", help="a device and the models on it")
@@ -80,6 +81,7 @@ def _push_one(args: argparse.Namespace, bundle: Any, address: str) -> dict[str, 
                 transport,
                 python=args.python,
                 dry_run=args.dry_run,
+                tune=args.tune,
                 timeout_s=args.self_test_timeout,
                 progress=progress,
             )
@@ -105,8 +107,14 @@ def show_push(answer: dict[str, Any]) -> None:
             print(
                 f"{row['address']}: {answer['name']} is {row['digest'][:12]}{_instead_of(row)}; sent "
                 f"{console.size(row['sent_bytes'])}, self-test passed on {engine['package']} {engine['version']} "
-                f"({engine['provider']})"
+                f"({engine['provider']}){_tuned(row)}"
             )
+
+
+def _tuned(pushed: dict[str, Any]) -> str:
+    if pushed["tuned"] is None:
+        return ""
+    return f"; {pushed['tuned']}" if pushed["tuned"].startswith("not tuned") else f"; tuned: {pushed['tuned']}"
 
 
 def _instead_of(pushed: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ OLDEST_PYTHON = "3.10"
 
 @dataclass(frozen=True)
 class Step:
-    """``action`` is send, copy, keep, self-test or activate; ``size`` the bytes it sends from ``offset``."""
+    """``action`` is send, copy, keep, self-test, tune or activate; ``size`` the bytes it sends from ``offset``."""
 
     action: str
     subject: str
@@ -30,7 +30,7 @@ class Step:
         return f"{self.action} {self.subject}{amount}"
 
 
-def make_plan(manifest: Manifest, digest: str, answer: Mapping[str, Any]) -> list[Step]:
+def make_plan(manifest: Manifest, digest: str, answer: Mapping[str, Any], tune: bool = False) -> list[Step]:
     """The steps of a push, given the receiver's answer to ``begin``.
 
     Raises DeviceError when the device is not what the bundle was made for or has too little space, EngineMissing
@@ -58,7 +58,10 @@ def make_plan(manifest: Manifest, digest: str, answer: Mapping[str, Any]) -> lis
             f"the push needs {needed:,} bytes, the device has {facts['free_bytes']:,} free beyond its reserve; "
             "free some space there"
         )
-    return [*steps, Step("self-test", f"{digest[:12]} with {facts['serving_python']}"), Step("activate", manifest.name)]
+    steps.append(Step("self-test", f"{digest[:12]} with {facts['serving_python']}"))
+    if tune:
+        steps.append(Step("tune", digest[:12]))
+    return [*steps, Step("activate", manifest.name)]
 
 
 def check_device(manifest: Manifest, facts: Mapping[str, Any]) -> None:

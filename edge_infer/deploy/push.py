@@ -16,7 +16,8 @@ from edge_infer.deploy.transport import Transport
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did. ``report`` is the self-test's own, empty for a dry run; ``replaced`` the digest before."""
+    """What a push did. ``report`` is the self-test's own, empty for a dry run; ``replaced`` the digest before;
+    ``tuned`` the setting that tuning chose, or why it chose none, None where it was not asked for."""
 
     address: str
     digest: str
@@ -24,6 +25,7 @@ class Pushed:
     sent_bytes: int
     replaced: str | None
     report: Mapping[str, Any]
+    tuned: str | None = None
 
 
 def push(
@@ -32,11 +34,13 @@ def push(
     *,
     python: str | None = None,
     dry_run: bool = False,
+    tune: bool = False,
     timeout_s: float = TIMEOUT_S,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Pushed:
     """Send ``bundle``, let the device verify and self-test it, and make it the release in use.
 
+    ``tune``: it also measures how the model runs fastest there, before it serves; some ten seconds on a fast machine.
     ``python`` is the device's Python with edge-infer and an engine (default: the store's ``venv``, else
     ``python3``). Raises BundleError when the bundle here is damaged, EngineMissing, SelfTestFailed or another
     DeviceError when the device refuses; in all cases it goes on with the release it had.
@@ -46,7 +50,7 @@ def push(
     progress("asking the device")
     with Conversation(transport) as device:
         answer = device.ask("begin", manifest=text, python=python)
-        steps = make_plan(bundle.manifest, bundle.digest, answer)
+        steps = make_plan(bundle.manifest, bundle.digest, answer, tune)
         current = answer["current"][0] if answer["current"] else None
         if dry_run:
             return Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
@@ -55,9 +59,9 @@ def push(
             if step.action == "send":
                 progress(str(step))
                 sent += device.send_file(step.subject, bundle.file(step.subject), step.offset)
-        progress("self-test on the device")
-        report = device.ask("finish", timeout_s=timeout_s)["report"]
-    return Pushed(transport.address, bundle.digest, tuple(steps), sent, current, report)
+        progress("self-test and tuning on the device" if tune else "self-test on the device")
+        done = device.ask("finish", timeout_s=timeout_s, tune=tune)
+    return Pushed(transport.address, bundle.digest, tuple(steps), sent, current, done["report"], done["tuned"])
 
 
 @contextmanager

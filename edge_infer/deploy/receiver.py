@@ -5,7 +5,7 @@ request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "messag
 
     begin     name, manifest, store, python -> facts, what is missing of each file, the release in use
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
-    finish    timeout_s -> verify, self-test in a child, activate, collect
+    finish    timeout_s, tune -> verify, self-test in a child, tune if asked to, activate, collect
     measure   timeout_s, runs -> verify, self-test and time it; it is thrown away when the conversation ends
     status    -> rows of the store
     rollback  name -> the release now in use
@@ -34,6 +34,8 @@ from edge_infer.store import Store, default_root
 MAX_LINE_BYTES = 16 * 1024 * 1024
 #: Left free on the device's storage: a full disk breaks more than a push.
 RESERVE_BYTES = 16 * 1024 * 1024
+#: Tuning takes some 20 children of half a second each, and the time it takes a board to import an engine so often.
+TUNE_S = 900.0
 
 #: Asks the Python that will serve for its version and engines, without importing any.
 ENGINES_SCRIPT = """
@@ -51,7 +53,7 @@ TEXT_OR_NONE = (str, type(None))
 FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     "begin": {"manifest": (str,), "python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
     "file": {"name": (str,), "offset": (int,), "size": (int,)},
-    "finish": {"timeout_s": (int, float)},
+    "finish": {"timeout_s": (int, float), "tune": (bool,)},
     "measure": {"timeout_s": (int, float), "runs": (int,)},
     "status": {"python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
     "rollback": {"name": (str,), "store": TEXT_OR_NONE},
@@ -113,7 +115,7 @@ class Receiver:
         if not isinstance(value, dict) or value.get("op") not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
         for name, kinds in FIELDS[value["op"]].items():
-            if not isinstance(value.get(name), kinds) or isinstance(value.get(name), bool):
+            if not isinstance(value.get(name), kinds) or (isinstance(value.get(name), bool) and bool not in kinds):
                 raise DeviceError(f"the host's request {value['op']!r} has no valid {name!r}")
         if value["op"] in AFTER_BEGIN and self.manifest is None:
             raise DeviceError(f"the host's request {value['op']!r} came before it said which bundle it pushes")
@@ -211,8 +213,16 @@ class Receiver:
         except EdgeInferError as error:
             self.store.discard(name, self.digest)
             raise SelfTestFailed(f"{error}; {self._still()}") from None
+        tuned = self._tune(release) if request["tune"] else None
         self.store.activate(name, self.digest)
-        return {"report": report, "freed": self.store.collect(), "digest": self.digest}
+        return {"report": report, "tuned": tuned, "freed": self.store.collect(), "digest": self.digest}
+
+    def _tune(self, release: Path) -> str:
+        """What ``tune`` chose, which later loads take; or why it did not, which keeps no release from serving."""
+        try:
+            return str(admission.run_child(self.python, ["tune", str(release)], TUNE_S)["chosen"])
+        except EdgeInferError as error:
+            return f"not tuned: {error}"
 
     def measure(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         """Time the bundle that was sent, after a self-test the first time. The store serves what it served."""
