@@ -17,6 +17,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, Optional
 
 from edge_infer.errors import BundleError, UsageError
 from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, FileEntry, Manifest, parse
+from edge_infer.records import Record
 
 #: Reading in pieces of this size keeps the memory of a check flat.
 CHUNK_BYTES = 1024 * 1024
@@ -25,8 +26,8 @@ SETTLED_NS = 100_000_000
 VERIFY_MODES = ("auto", "full")
 
 
-@dataclass(frozen=True)
-class Bundle:
+@dataclass(eq=False, repr=False)
+class Bundle(Record):
     """An opened bundle. ``digest`` is its identity."""
 
     path: Path

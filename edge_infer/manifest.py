@@ -1,7 +1,7 @@
 """What a bundle says about itself, and its one JSON form.
 
 Both halves use this file, and a push sends it along to devices with nothing installed: standard library only,
-Python >= 3.8. Each class is a frozen dataclass; how a field is read from JSON stands beside the field.
+Python >= 3.8. Each class is a dataclass that is never changed; how a field is read from JSON stands beside the field.
 Fields that this version does not know are kept in ``extra`` and written back.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, TypeVar, Union, cast
 
 from edge_infer.errors import BundleError
+from edge_infer.records import Record
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -203,8 +204,8 @@ def extra() -> Any:
     return field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Preprocessing:
+@dataclass(eq=False, repr=False)
+class Preprocessing(Record):
     """How an image becomes an input: colour, resize, centre crop, then ``(pixel * scale - mean) / std``, in this order.
 
     Pixels are 0 to 255. ``resize`` and ``crop`` are (height, width). ``mode`` "stretch" gives ``resize`` exactly;
@@ -225,8 +226,8 @@ class Preprocessing:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+@dataclass(eq=False, repr=False)
+class TensorSpec(Record):
     """One input or output as the source model has it. ``None`` in ``shape`` is a dynamic dimension.
 
     ``preprocessing`` says how an image becomes this input, where the user said so.
@@ -242,8 +243,8 @@ class TensorSpec:
         return f"{self.name} {self.dtype}[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
 
 
-@dataclass(frozen=True)
-class Classes:
+@dataclass(eq=False, repr=False)
+class Classes(Record):
     """How an output with a score a class becomes the likeliest: activation, then the ``top`` of at least ``threshold``.
 
     ``output`` may be left out where there is one. ``labels`` is a file of the bundle with a label a line.
@@ -257,8 +258,8 @@ class Classes:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class Boxes:
+@dataclass(eq=False, repr=False)
+class Boxes(Record):
     """How the N candidates of a detector become boxes: scores of at least ``threshold``, then of those that overlap by
     more than ``iou`` (intersection over union) within a class the best, ``top`` at most.
 
@@ -291,8 +292,8 @@ class Boxes:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class Postprocessing:
+@dataclass(eq=False, repr=False)
+class Postprocessing(Record):
     """How the answers to one image become what ``Session.predict`` gives: one of the two."""
 
     classes: Optional[Classes] = read(optional(struct(Classes)), default=None)
@@ -310,8 +311,8 @@ class Postprocessing:
         return tuple(name for name in (kind and kind.labels, self.boxes and self.boxes.anchors) if name)
 
 
-@dataclass(frozen=True)
-class Requirement:
+@dataclass(eq=False, repr=False)
+class Requirement(Record):
     """An engine package able to run the artifact, in the oldest ``version`` that can."""
 
     package: str = read(plain_name)
@@ -322,8 +323,8 @@ class Requirement:
         return f"{self.package}>={self.version}"
 
 
-@dataclass(frozen=True)
-class Artifact:
+@dataclass(eq=False, repr=False)
+class Artifact(Record):
     """The engine's own files and how to run them.
 
     ``requires`` are alternatives: any one of them runs the artifact. ``providers`` are tried in order
@@ -342,8 +343,8 @@ class Artifact:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class FileEntry:
+@dataclass(eq=False, repr=False)
+class FileEntry(Record):
     """Length in bytes and SHA-256 of one file of the bundle."""
 
     size: int = read(count)
@@ -351,8 +352,8 @@ class FileEntry:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class TargetFacts:
+@dataclass(eq=False, repr=False)
+class TargetFacts(Record):
     """What a device must have to take this bundle; a push compares it with the device's own facts."""
 
     name: str = read(plain_name)
@@ -364,8 +365,8 @@ class TargetFacts:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class Golden:
+@dataclass(eq=False, repr=False)
+class Golden(Record):
     """The self-test: ``file`` is an npz with arrays ``in.INDEX.CASE`` and ``out.INDEX.CASE`` for ``cases`` cases.
 
     ``tolerance`` gives for each output the largest absolute difference that still passes. ``blind`` names the
@@ -379,8 +380,8 @@ class Golden:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(eq=False, repr=False)
+class Check(Record):
     """One comparison made while packaging: ``observed`` against ``allowed`` in ``unit``, at the worst output."""
 
     what: str = read(text)
@@ -391,8 +392,8 @@ class Check:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class SetScore:
+@dataclass(eq=False, repr=False)
+class SetScore(Record):
     """How the artifact did on one set of samples, with the 95 % interval, and the source model on the same set.
 
     ``samples`` is ``search`` (the choice was made with it) or ``holdout`` (it was only reported). ``metric`` says
@@ -409,8 +410,8 @@ class SetScore:
     extra: Mapping[str, Any] = extra()
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(eq=False, repr=False)
+class Manifest(Record):
     """All of ``manifest.json``. ``provenance`` says where the artifact comes from and is for people to read."""
 
     schema: int = read(count)

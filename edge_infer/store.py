@@ -16,7 +16,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
@@ -243,7 +242,7 @@ class Store:
             return size
         doomed = self._doomed(path)
         size = sum(file.lstat().st_size for file in doomed.rglob("*") if file.is_file())
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove_folder(doomed)
         return size
 
     def _doomed(self, path: Path) -> Path:
@@ -251,10 +250,16 @@ class Store:
         trash = self.root / "staging"
         trash.mkdir(parents=True, exist_ok=True)
         target = trash / f"removed-{path.name}"
-        shutil.rmtree(target, ignore_errors=True)
+        _remove_folder(target)
         if path != target:
             path.rename(target)
         return target
+
+
+def _remove_folder(path: Path) -> None:
+    import shutil  # it brings four kinds of compression, which no load needs
+
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def store_of(path: Path) -> Optional[Store]:

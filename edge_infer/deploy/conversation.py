@@ -19,6 +19,7 @@ from edge_infer.errors import DeviceError, EdgeInferError
 #: Modules that go along, in the order of their imports.
 MODULES = (
     "edge_infer.errors",
+    "edge_infer.records",
     "edge_infer.manifest",
     "edge_infer.bundle",
     "edge_infer.store",

@@ -24,6 +24,7 @@ from pathlib import Path
 from edge_infer.bundle import Bundle, describe_files, sync_directory, sync_file, verify_files
 from edge_infer.errors import BundleError, EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
 from edge_infer.manifest import FileEntry
+from edge_infer.records import Record
 
 ENTRY_NAME = "entry.json"
 #: Changes when what is made, or how, changes in a way that the key does not show.
@@ -37,8 +38,8 @@ SMALLEST_BYTES = 2**20
 CHILD_S = 60.0
 
 
-@dataclass(frozen=True)
-class Entry:
+@dataclass(eq=False, repr=False)
+class Entry(Record):
     """What was made. ``failed``: the sentence why nothing was."""
 
     path: Path

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_infer.records import Record
 from edge_infer.runtime.engine_cache import EngineCache
 from edge_infer.runtime.threads import default_threads
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 PLAN_NAME = "plan.json"
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(eq=False, repr=False)
+class Setting(Record):
     """How one session runs.
 
     ``spinning``: idle threads of ONNX Runtime wait in a loop, which answers small models sooner and takes a whole core
@@ -63,8 +64,8 @@ class Setting:
             raise ValueError(f"{row!r} is no setting") from error
 
 
-@dataclass(frozen=True)
-class Measured:
+@dataclass(eq=False, repr=False)
+class Measured(Record):
     """Milliseconds of a run, and the largest resident size of the process in bytes."""
 
     setting: Setting
@@ -73,8 +74,8 @@ class Measured:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class PoolSetting:
+@dataclass(eq=False, repr=False)
+class PoolSetting(Record):
     """How a ``Pool`` runs: ``threads`` are those of each session, ``batch`` the requests that may run as one."""
 
     sessions: int
@@ -85,8 +86,8 @@ class PoolSetting:
         return f"{self.sessions} x {self.threads}, batch {self.batch}"
 
 
-@dataclass(frozen=True)
-class PoolMeasured:
+@dataclass(eq=False, repr=False)
+class PoolMeasured(Record):
     """Answers a second under full load, the median milliseconds of a request then, the largest resident size."""
 
     setting: PoolSetting

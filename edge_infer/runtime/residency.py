@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_infer.errors import OutOfMemory
+from edge_infer.records import Record
 
 RESIDENCIES = ("lazy", "prefault", "lock")
 #: From the kernel's include/uapi/asm-generic/mman-common.h; the second since Linux 5.14.
@@ -18,8 +19,8 @@ MADV_WILLNEED, MADV_POPULATE_READ = 3, 22
 HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)$")
 
 
-@dataclass(frozen=True)
-class Memory:
+@dataclass(eq=False, repr=False)
+class Memory(Record):
     """Bytes. ``mapped``: of the model's files in this process's address space; ``resident``: of these in memory now;
     ``shared``: of the resident what other processes use too or the page cache keeps anyway. ``private``: anonymous
     memory of the whole process, other models' included."""
@@ -30,8 +31,8 @@ class Memory:
     shared: int
 
 
-@dataclass(frozen=True)
-class Mapping:
+@dataclass(eq=False, repr=False)
+class Mapping(Record):
     """A stretch of a file in the address space, bytes."""
 
     start: int

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from edge_infer.records import Record
+
 #: Percentiles are those of so many of the latest runs.
 LATEST = 1000
 
 
-@dataclass(frozen=True)
-class Stats:
+@dataclass(eq=False, repr=False)
+class Stats(Record):
     """``count``: answers so far; ``errors``: calls that raised; milliseconds of the latest runs, None before the first.
 
     A call refused for its input is an error too.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_infer.errors import EngineError, EngineMissing, OutOfMemory
+from edge_infer.records import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,8 +39,8 @@ EXTRAS = {
 OUT_OF_MEMORY_WORDS = ("bad_alloc", "out of memory", "Failed to allocate", "can't allocate memory", "Cannot allocate")
 
 
-@dataclass(frozen=True)
-class EngineOptions:
+@dataclass(eq=False, repr=False)
+class EngineOptions(Record):
     """How to open a model.
 
     ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next;
@@ -55,8 +56,8 @@ class EngineOptions:
     prepack: bool | None = None
 
 
-@dataclass(frozen=True)
-class EngineInfo:
+@dataclass(eq=False, repr=False)
+class EngineInfo(Record):
     """What really runs the model; ``notes`` says where that differs from what was asked."""
 
     package: str
