@@ -51,6 +51,8 @@ def run_child(
     """``python -m edge_infer ARGUMENTS --json`` and its JSON answer. Raises as ``self_test``."""
     import subprocess  # here, since its import takes longer than opening a model
 
+    from edge_infer.store import default_root
+
     command = [python, "-m", "edge_infer", *arguments, "--json"]
     try:
         # From the root folder: the current one is on the child's module path and may hold anything.
@@ -61,7 +63,12 @@ def run_child(
             stderr=subprocess.PIPE,
             cwd="/",
             timeout=timeout_s,
-            env={**os.environ, ENGINE_WORDS: "1", **(environment or {})},
+            env={
+                **os.environ,
+                ENGINE_WORDS: "1",
+                "EDGE_INFER_HOME": str(default_root().absolute()),  # it may be relative, to another folder
+                **(environment or {}),
+            },
             check=False,
         )
     except OSError as error:

@@ -154,6 +154,20 @@ def test_a_damaged_plan_is_none(bundle: Bundle, tmp_path: Path, text: str) -> No
         pass
 
 
+def test_a_home_by_a_relative_path_is_the_same_for_the_children(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Children run in the root folder, where the path would be another one."""
+    monkeypatch.setattr(engine_cache, "SMALLEST_BYTES", 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGE_INFER_HOME", "here")
+    with load(bundle.path) as session:
+        assert session.info.notes == ()  # weights were laid out in the cache
+    assert list((tmp_path / "here" / "cache").glob("*/model.onnx"))
+    assert cli.main(["tune", str(bundle.path), "--json"]) == 0
+    assert not Path("/here").exists()
+
+
 def test_where_nothing_can_be_kept_the_answer_is_told_all_the_same(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

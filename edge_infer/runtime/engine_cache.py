@@ -150,7 +150,7 @@ def prepare_in_child(bundle: Bundle, folder: Path, prepack: bool | None = None) 
     """
     from edge_infer import admission
 
-    arguments = ["prepare", str(bundle.path.absolute()), str(folder)]
+    arguments = ["prepare", str(bundle.path.absolute()), str(folder.absolute())]
     if prepack is not None:
         arguments.append("--prepack" if prepack else "--no-prepack")
     try:
