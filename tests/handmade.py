@@ -31,7 +31,7 @@ def manifest_for(folder: Path, names: Mapping[str, bytes], **changes: Any) -> Ma
         name="tiny",
         version="1",
         target=TargetFacts("pi", "aarch64", ("asimd",), 1024, 4096, "3.11"),
-        artifact=Artifact("tflite", "float32", "model.tflite", (Requirement("ai-edge-litert", "1.0.1"),), (), ("cpu",)),
+        artifact=Artifact("tflite", "float32", "model.tflite", (Requirement("ai-edge-litert", "1.4.0"),), (), ("cpu",)),
         inputs=(TensorSpec("x", "float32", (None, 2)),),
         outputs=(TensorSpec("y", "float32", (None, 3)),),
         golden=Golden("golden.npz", 1, {"y": 0.5}),

@@ -247,7 +247,7 @@ def looping(folder: Path) -> Bundle:
     write_golden(folder / "golden.npz", inputs, outputs_, [(asked, runner(**asked))])
     files = {"model.tflite": model.read_bytes(), "golden.npz": (folder / "golden.npz").read_bytes()}
     artifact = Artifact(
-        "tflite", "float32", "model.tflite", (Requirement("ai-edge-litert", "1.0.1"),), (), ("cpu",),
+        "tflite", "float32", "model.tflite", (Requirement("ai-edge-litert", "1.4.0"),), (), ("cpu",),
         signature=SIGNATURE,
     )  # fmt: skip
     return make_bundle(
@@ -378,7 +378,7 @@ def test_the_classic_runtime_has_no_profile(
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr == (
         "python -m edge_infer: tflite-runtime 2.14.0 has no profiler of operators; "
-        "install ai-edge-litert 2.1 or later, or leave out --profile\n"
+        "install ai-edge-litert 2.1.6 or later, or leave out --profile\n"
     )
 
 

@@ -126,7 +126,7 @@ def test_digits_keep_their_accuracy(
         assert (answers.argmax(1) == data["label"]).mean() >= accuracy
     assert answers.dtype == np.float32
     assert model.stat().st_size <= size
-    assert dict(facts["requires"]) == {"ai-edge-litert": "1.0.1"} | ({"tflite-runtime": runtime} if runtime else {})
+    assert dict(facts["requires"]) == {"ai-edge-litert": "1.4.0"} | ({"tflite-runtime": runtime} if runtime else {})
     assert facts["signature"] == "serving_default"
 
 

@@ -424,21 +424,19 @@ def _is_deep_int16_dense(node: Node) -> bool:
 
 
 #: What an operator is used for -> since which LiteRT and which TensorFlow Lite release it is right, although no version
-#: tells. Found by asking tflite-runtime 2.14.0 and LiteRT 1.0.1, 1.1.2, 1.2.0, 1.3.0, 1.4.0, 2.0.2, 2.1.0, 2.1.6, 2.2.0
-#: and 2.3.0 the same questions: models of one operator in every precision. "2.15" is any release after tflite-runtime.
+#: tells. Found by asking tflite-runtime 2.14.0 and LiteRT 1.4.0, 2.0.2, 2.1.0, 2.1.6, 2.2.0 and 2.3.0 the
+#: same questions: models of one operator in every precision. "2.15" is any release after tflite-runtime.
 UNTOLD: tuple[tuple[Callable[[Node], bool], str, str], ...] = (
     # A scale for each output on integer activations: right in 2.14, not tried before.
     (lambda node: node.name == "FULLY_CONNECTED" and _per_channel(node.inputs[1]), LITERT_FIRST, "2.14"),
-    # 2.14 and LiteRT 1.0.1 answer nonsense with a bias and more than two dimensions.
-    (_is_deep_int16_dense, "1.1.2", "2.15"),
+    # 2.14 answers nonsense with a bias and more than two dimensions.
+    (_is_deep_int16_dense, LITERT_FIRST, "2.15"),
     # No kernels.
     (lambda node: node.name == "TRANSPOSE_CONV" and node.type(2) == FLOAT32 and node.hybrid(), LITERT_FIRST, "2.15"),
-    (lambda node: node.name in ("SUM", "GELU") and node.type() == INT16, "1.3.0", "2.15"),
+    (lambda node: node.name in ("SUM", "GELU") and node.type() == INT16, LITERT_FIRST, "2.15"),
     # LiteRT 2.0.2 and 2.1.0 answer wrongly where both factors are computed; right before and in 2.1.6.
     (lambda node: node.name == "BATCH_MATMUL" and node.type() == INT8, "2.1.6", "1.5"),
 )
-#: LiteRT 1.0.1 crashes when an input without dimensions is resized, which its own signature runner does.
-SCALAR_INPUTS_SINCE = "1.1.2"
 
 
 def set_versions(model: Any) -> None:
@@ -479,7 +477,7 @@ class Engines:
 
 def oldest_engines(model: Any) -> Engines:
     """What runs the model, from the versions in it. Raises ConversionError for an operator that no engine has."""
-    litert = SCALAR_INPUTS_SINCE if _has_scalar_input(model) else LITERT_FIRST
+    litert = LITERT_FIRST
     for _, node in nodes(model):
         litert = _later(litert, needed_releases(node)[0])
     release, node = _youngest(model)
@@ -490,11 +488,6 @@ def oldest_engines(model: Any) -> Engines:
         f"uses it; run it with ai-edge-litert {litert} or later, or package another precision"
     )
     return Engines(litert, None, why)
-
-
-def _has_scalar_input(model: Any) -> bool:
-    graph = model.subgraphs[0]
-    return any(_rank(graph.tensors[index]) == 0 for index in graph.inputs)
 
 
 def _youngest(model: Any) -> tuple[str, Node]:

@@ -127,9 +127,18 @@ def engine_error(error: Exception, what: str) -> EngineError:
 
 
 def missing(bundle: Bundle, error: ImportError) -> EngineMissing:
-    """The error for a bundle none of whose engines is installed; its sentence holds the pip command."""
+    """The error for a bundle none of whose engines can be imported; its sentence holds the pip command.
+
+    ``error`` is a ModuleNotFoundError where none is installed.
+    """
     wanted = bundle.manifest.artifact.requires
     extra = EXTRAS.get(wanted[0].package, bundle.manifest.artifact.format)
+    if not isinstance(error, ModuleNotFoundError):  # as engines from before numpy 2 do beside it, some without a word
+        return EngineMissing(
+            f"{bundle.manifest.name} needs {' or '.join(map(str, wanted))}, and what {sys.executable} has cannot be "
+            f"imported ({error or 'no reason given'}), most likely for another numpy than it was built for; bring it "
+            f"up to date: {sys.executable} -m pip install --upgrade {wanted[0].package}"
+        )
     return EngineMissing(
         f"{bundle.manifest.name} needs {' or '.join(map(str, wanted))}, and {sys.executable} "
         f"has none ({error}); install it: {sys.executable} -m pip install 'edge-infer[{extra}]'"

@@ -23,7 +23,7 @@ from edge_infer.errors import EngineError, InputError
 from edge_infer.runtime import engine_cache
 from edge_infer.runtime.buffers import Buffers, zeros
 from edge_infer.runtime.engine_cache import Entry, engine_build
-from edge_infer.runtime.engines import EngineInfo, engine_error
+from edge_infer.runtime.engines import EngineInfo, at_least, engine_error
 from edge_infer.runtime.engines.litert_library import (
     ELEMENT_TYPES,
     MOST_DIMENSIONS,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 WEIGHTS = "xnnpack.weights"
+#: The release since which the library's functions take the arguments that they take today.
+LIBRARY_SINCE = "2.1.6"
 
 
 def suits(bundle: Bundle) -> bool:
@@ -66,10 +68,12 @@ def repacked(bundle: Bundle, version: str, folder: Path, verify: str) -> Entry:
 
 
 def _library_path() -> Path | None:
-    """The library in the wheel of ai-edge-litert; None where that is not installed, or older than 2.1."""
+    """The library in the wheel of ai-edge-litert; None where that is not installed, or older than LIBRARY_SINCE."""
     try:
         package = importlib.import_module("ai_edge_litert")
     except ImportError:
+        return None
+    if not at_least(str(getattr(package, "__version__", "0")), LIBRARY_SINCE):
         return None
     path = Path(package.__file__ or "").parent / "libLiteRt.so"
     return path if path.is_file() else None
@@ -146,7 +150,7 @@ class _Model:
     def __init__(self, bundle: Bundle, threads: int, weights: Path) -> None:
         path = _library_path()
         if path is None:
-            raise EngineError("this Python has no LiteRT library; install ai-edge-litert 2.1 or later")
+            raise EngineError(f"this Python has no LiteRT library; install ai-edge-litert {LIBRARY_SINCE} or later")
         self.library: Library = library(path)
         self.threads, self._weights = threads, weights
         self._kept: int | None = None

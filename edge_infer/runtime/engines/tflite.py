@@ -58,13 +58,14 @@ def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:
 
 def import_engine(bundle: Bundle) -> tuple[str, Any]:
     """The package at hand and its interpreter module. Raises EngineMissing."""
-    reasons = []
+    errors = []
     for package, module in PACKAGES:
         try:
             return package, importlib.import_module(module)
         except ImportError as error:
-            reasons.append(str(error))
-    raise missing(bundle, ImportError("; ".join(reasons)))
+            errors.append(error)
+    installed = [error for error in errors if not isinstance(error, ModuleNotFoundError)]
+    raise missing(bundle, installed[0] if installed else ModuleNotFoundError("; ".join(map(str, errors))))
 
 
 def engine_info(bundle: Bundle, options: EngineOptions, package: str, module: str) -> EngineInfo:

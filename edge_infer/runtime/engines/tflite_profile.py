@@ -59,13 +59,14 @@ def profile(bundle: Bundle, options: EngineOptions, arrays: Arrays, limit: Limit
     info = engine_info(bundle, options, package, module.__name__)
     if package != PACKAGES[0][0]:
         raise EngineError(
-            f"{package} {info.version} has no profiler of operators; install ai-edge-litert 2.1 or later, or leave out "
-            "--profile"
+            f"{package} {info.version} has no profiler of operators; install ai-edge-litert {litert.LIBRARY_SINCE} "
+            "or later, or leave out --profile"
         )
     if not litert.can_compile(bundle):
         raise EngineError(
             f"{package} {info.version} profiles compiled models alone, and {bundle.manifest.name} cannot be one here; "
-            "ai-edge-litert 2.1 or later can, for inputs and outputs of plain numbers in at most 8 dimensions"
+            f"ai-edge-litert {litert.LIBRARY_SINCE} or later can, for inputs and outputs of plain numbers in at most 8 "
+            "dimensions"
         )
     mapped = options.cache is not None and litert.suits(bundle)
     with ExitStack() as stack:
