@@ -141,6 +141,7 @@ class Workshop:
             "from": converted.details,
             "inputs": [spec_to_json(spec) for spec in self.model.inputs],
             "outputs": [spec_to_json(spec) for spec in self.model.outputs],
+            "feeds": str(self.model.made.folder / convert.EXAMPLES_FILE),
             "precision": precision,
             "calibration": {
                 "samples": str(self.model.made.folder / "calibration"),

@@ -158,7 +158,9 @@ def test_mapped_torchscript_equals_the_model_it_was_made_from(packaged: Callable
     x = images(bundle, 3)
     source = torch.jit.load(str(models / "torch_script.pt")).eval()
     with load(bundle.path, threads=1) as session, torch.inference_mode():
-        assert np.array_equal(session(x), source(torch.from_numpy(x))["digit"].numpy())
+        expected = source(torch.from_numpy(x))["digit"].numpy()
+        # Its normalisations are folded, which rounds otherwise.
+        np.testing.assert_allclose(session(x), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_outputs_belong_to_the_caller(session: Session) -> None:
@@ -817,7 +819,9 @@ def test_every_torchscript_tensor_lies_in_the_mapping(packaged: Callable[..., Bu
         ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(bundle.file("weights.bin")))]
         ((start, end),) = [(int(low, 16), int(high, 16)) for low, high in ranges]
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        assert len(tensors) == 18
+        assert (
+            len(tensors) == 7
+        )  # of two convolutions and two dense layers, but for the last bias, which is in the graph
         for tensor in tensors.values():
             assert start <= tensor.data_ptr() < tensor.data_ptr() + tensor.nbytes <= end
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from edge_infer.quantize import pruning
-from edge_infer.quantize.torchscript import save_archive
+from edge_infer.quantize.torchscript_archive import save_archive
 
 MODEL = "model.pt"
 #: Operators (``aten::`` left away) with weights worth pruning, and which of their inputs those are.

@@ -2,7 +2,8 @@
 
 ``torch.jit.load`` copies every weight into private memory. The packager therefore takes the tensors out of the
 archive and notes in it (extra file ``tensors.json``) where each lies in the weights file; here each parameter and
-buffer becomes a view into one mapping. Tensors that shared a storage share it again.
+buffer becomes a view into one mapping. Tensors that shared a storage share it again. The packed weights of quantized
+layers are made of such views: the kernels then repack them at the first run, but nothing is read before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from edge_infer.errors import BundleError, EngineError
 from edge_infer.runtime.buffers import Buffers, CopiedBuffers, write
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+from edge_infer.runtime.memory import give_back
 
 if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 #: Name of the extra file in the skeleton that says where each tensor lies.
 TENSOR_TABLE = "tensors.json"
 FAILED = "TorchScript failed while running the model"
+# Modules run under ``optimized_execution(False)`` on a CPU: the packager has optimized the graph, and torch's own
+# optimizer, which fuses nothing on CPUs, would take 25 ms of the first runs and 3 MB.
 
 
 def import_engine(bundle: Bundle) -> Any:
@@ -84,19 +88,45 @@ def _select_quantized_engine(precision: str) -> None:
 
 
 def _attach(module: Any, table: dict[str, dict[str, Any]], storage: Any) -> None:
-    import torch
-
     tensors = dict(module.named_parameters(remove_duplicate=False))
     tensors.update(module.named_buffers(remove_duplicate=False))
     for name, row in table.items():
-        if name not in tensors:
+        if name in tensors:
+            tensors[name].data = _view(row, storage)
+            tensors[name].requires_grad_(False)
+        elif "class" in row and module._c.hasattr(name):
+            module._c.setattr(name, restored(row["class"], _state(row["state"], storage)))
+        else:
             raise BundleError(f"the TorchScript skeleton has no tensor {name!r}, which its table lists; package again")
-        dtype = getattr(torch, row["dtype"])
-        base = torch.tensor([], dtype=dtype).set_(
-            storage, row["offset"] // dtype.itemsize, row["shape"], row["strides"]
-        )
-        tensors[name].data = base
-        tensors[name].requires_grad_(False)
+
+
+def _view(row: dict[str, Any], storage: Any) -> Any:
+    import torch
+
+    dtype = getattr(torch, row["dtype"])
+    if "scale" in row:
+        base = torch._empty_affine_quantized([0], scale=row["scale"], zero_point=row["zero_point"], dtype=dtype)
+    else:
+        base = torch.tensor([], dtype=dtype)
+    return base.set_(storage, row["offset"] // dtype.itemsize, row["shape"], row["strides"])
+
+
+def _state(parts: Any, storage: Any) -> Any:
+    """What a packed layer is made of: in nested lists its numbers, and its tensors from the file."""
+    if isinstance(parts, dict):
+        # Of its own, where torch.jit.save would take it for one with whatever else lies in the file.
+        own = storage[parts["offset"] : parts["offset"] + parts["bytes"]]
+        return _view({**parts, "offset": 0}, own)
+    return [_state(part, storage) for part in parts] if isinstance(parts, list) else parts
+
+
+def restored(kind: str, state: Any) -> Any:
+    """An object of a class that torch registers, such as ``quantized.LinearPackedParamsBase``, from its saved state."""
+    import torch
+
+    made: Any = torch.ScriptObject.__new__(torch.ScriptObject)
+    made.__setstate__((tuple(state), kind))
+    return made
 
 
 class TorchScriptEngine:
@@ -107,11 +137,12 @@ class TorchScriptEngine:
         self._module = module
         self._torch = import_engine(bundle)
         self._elsewhere = info.provider != "cpu"
+        self._is_first = True
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        torch = self._torch
+        torch: Any = self._torch
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.jit.optimized_execution(self._elsewhere):
                 # Copied, because a module may work in place and the array is the caller's, perhaps read-only.
                 tensors = [torch.from_numpy(array.copy()) for array in arrays]
                 if self._elsewhere:
@@ -120,9 +151,13 @@ class TorchScriptEngine:
                 if self._elsewhere:
                     results = [result.cpu() for result in results]
                 # An output may be a view of an input or of a weight: what is returned belongs to the caller.
-                return [result.clone().numpy() for result in results]
+                answers = [result.clone().numpy() for result in results]
         except (RuntimeError, ValueError, MemoryError) as error:
             raise engine_error(error, FAILED) from error
+        if self._is_first:
+            self._is_first = False
+            give_back()  # what packing took besides its result
+        return answers
 
     def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
         if self._elsewhere:
@@ -139,7 +174,8 @@ class TorchScriptBuffers:
     def __init__(self, module: Any, inputs: list[np.ndarray[Any, Any]]) -> None:
         import torch
 
-        self._torch, self._module = torch, module
+        self._torch: Any = torch
+        self._module = module
         self._given = [torch.from_numpy(array) for array in inputs]
         self.inputs = inputs
         self.outputs = [result.clone().numpy() for result in self._answers()]
@@ -150,7 +186,7 @@ class TorchScriptBuffers:
 
     def _answers(self) -> Any:
         try:
-            with self._torch.inference_mode():
+            with self._torch.inference_mode(), self._torch.jit.optimized_execution(False):
                 return self._module(*self._given)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise engine_error(error, FAILED) from error
