@@ -97,7 +97,7 @@ def check_listing(path: Path, manifest: Manifest) -> None:
 def hash_file(path: Path) -> str:
     """SHA-256 of a plain file, read in pieces."""
     digest = hashlib.sha256()
-    descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # or a pipe would wait for its writer
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
             digest.update(chunk)
@@ -164,8 +164,8 @@ def _stamps(folder: Path, names: Iterable[str]) -> Dict[str, List[int]]:
 
 def _read_stamp(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return json.loads(read_plain_file(path, MANIFEST_MAX_BYTES))
+    except (OSError, ValueError, RecursionError):  # BundleError is a ValueError
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -198,12 +199,26 @@ def test_a_change_that_keeps_length_and_mtime_is_found(bundle: Bundle, tmp_path:
         verify(open_bundle(bundle.path), stamp_dir=tmp_path / "stamps")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"model.tflite": [1, 2, 3, 4, 5]}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"model.tflite": [1, 2, 3, 4, 5]}', b"[" * 50_000]
+)
 def test_a_damaged_stamp_means_nothing(bundle: Bundle, tmp_path: Path, content: bytes) -> None:
     settle(bundle)
     (tmp_path / f"{bundle.digest}.verified").write_bytes(content)
     assert verify(bundle, stamp_dir=tmp_path) is True
     assert verify(bundle, stamp_dir=tmp_path) is False
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_stamp_that_is_no_file_means_nothing(bundle: Bundle, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    settle(bundle)
+    make(tmp_path / f"{bundle.digest}.verified")
+    assert verify(bundle, stamp_dir=tmp_path) is True
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert hash_file(tmp_path / "pipe") == hashlib.sha256(b"").hexdigest()
 
 
 def test_without_a_place_for_stamps_every_check_hashes(bundle: Bundle, tmp_path: Path) -> None:

@@ -186,14 +186,43 @@ def test_damaged_weights_are_made_anew(bundle: Bundle, tmp_path: Path, verify: s
     assert (entry / litert.WEIGHTS).read_bytes() != data
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", "null", '{"facts": {}, "files": {}, "failed": ""}', "{" * 1000])
-def test_a_damaged_entry_is_made_anew(bundle: Bundle, tmp_path: Path, text: str) -> None:
+ENTRIES: dict[str, Callable[[Path], object]] = {
+    **{
+        text[:9] or "empty": lambda path, text=text: path.write_text(text)  # type: ignore[misc]
+        for text in ("", "{}", "[1]", "null", "1.5", '"text"', '{"facts": {}, "files": {}, "failed": ""}', "[" * 50_000)
+    },
+    "no files": lambda path: edit_entry(path, files={}),
+    "files of no kind": lambda path: edit_entry(path, files=1.5),
+    "another sentence": lambda path: edit_entry(path, failed="no"),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "endless": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+def edit_entry(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_damaged_entry_is_made_anew(bundle: Bundle, tmp_path: Path, kind: str) -> None:
     load(bundle.path, cache_dir=tmp_path).close()
     (entry,) = entries(tmp_path)
-    (entry / engine_cache.ENTRY_NAME).write_text(text)
+    ENTRIES[kind](entry / engine_cache.ENTRY_NAME)
     with load(bundle.path, cache_dir=tmp_path) as session:
         assert mapped(session)
     assert json.loads((entry / engine_cache.ENTRY_NAME).read_text())["failed"] == ""
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "a pipe", "endless"])
+def test_weights_that_are_no_file_are_made_anew(bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    load(bundle.path, cache_dir=tmp_path).close()
+    (entry,) = entries(tmp_path)
+    ENTRIES[kind](entry / litert.WEIGHTS)
+    with load(bundle.path, cache_dir=tmp_path) as session:
+        assert mapped(session)
+    assert (entry / litert.WEIGHTS).is_file()
 
 
 @pytest.mark.parametrize("fact", ["version", "build", "processor", "machine", "format"])

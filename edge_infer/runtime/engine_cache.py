@@ -2,7 +2,8 @@
 
     <cache>/<bundle digest>.<key>/      made aside and renamed, never changed afterwards
       <files of the engine>
-      entry.json                        their lengths and hashes, what the key was made from, what went wrong
+      entry.json                        their lengths and hashes, what the key was made from, what went wrong, and
+                                        a hash of all that
     <cache>/<bundle digest>.<key>.verified
 
 An engine does not notice that such a file was made of another model, by another version or for another processor, and
@@ -21,14 +22,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_infer.bundle import Bundle, describe_files, sync_directory, sync_file, verify_files
-from edge_infer.errors import BundleError, EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
-from edge_infer.manifest import FileEntry
+from edge_infer.bundle import Bundle, describe_files, read_plain_file, sync_directory, sync_file, verify_files
+from edge_infer.errors import EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
+from edge_infer.manifest import FileEntry, canonical_json
 from edge_infer.records import Record
 
 ENTRY_NAME = "entry.json"
 #: Changes when what is made, or how, changes in a way that the key does not show.
-FORMAT = 1
+FORMAT = 2
+#: An entry lists a few files; one that is larger is refused unread.
+ENTRY_MAX_BYTES = 64 * 1024
 #: Of /proc/cpuinfo: all of a board's, the first processors of a server's. Reading it is slow where there are many.
 CPUINFO_BYTES = 16384
 #: For a smaller bundle there is nothing to save that would be worth a child.
@@ -60,12 +63,19 @@ class EngineCache:
 
     def find(self, verify: str = "auto") -> Entry | None:
         """The entry, its files verified; None where there is none, and where it is damaged, which removes it."""
+        if not os.path.lexists(self.path):
+            return None
         try:
             entry = self._read()
             verify_files(entry.path, entry.files, verify, self._stamp, lambda: None) if entry.files else None
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, BundleError):
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):  # BundleError is a ValueError
             self.remove()
             return None
         return entry
@@ -112,9 +122,9 @@ class EngineCache:
         return self.path.with_name(f"{self.path.name}.verified")
 
     def _read(self) -> Entry:
-        row = json.loads((self.path / ENTRY_NAME).read_bytes())
-        if row["facts"] != self.facts:
-            raise ValueError("made from something else")
+        row = json.loads(read_plain_file(self.path / ENTRY_NAME, ENTRY_MAX_BYTES))
+        if row.pop("sha256") != _sha256(row) or row["facts"] != self.facts:
+            raise ValueError("damaged, or made from something else")
         files = {name: FileEntry(int(size), str(sha256)) for name, (size, sha256) in row["files"].items()}
         return Entry(self.path, files, str(row["failed"]))
 
@@ -126,10 +136,14 @@ class EngineCache:
             "failed": failed,
             "files": {name: [entry.size, entry.sha256] for name, entry in files.items()},
         }
-        (folder / ENTRY_NAME).write_text(json.dumps(row, indent=1, sort_keys=True))
+        (folder / ENTRY_NAME).write_bytes(canonical_json({**row, "sha256": _sha256(row)}))
         for name in [*names, ENTRY_NAME]:
             sync_file(folder / name)
         sync_directory(folder)
+
+
+def _sha256(row: Mapping[str, object]) -> str:
+    return hashlib.sha256(canonical_json(row)).hexdigest()
 
 
 def worth_it(bundle: Bundle) -> bool:

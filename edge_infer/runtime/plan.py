@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,10 +148,7 @@ def _keep(bundle: Bundle, cache: Path, what: str, row: Mapping[str, Any]) -> boo
 
 
 def _read(bundle: Bundle, cache: Path, what: str) -> Any:
-    kept = _cache(bundle, cache, what)
-    if not os.path.isdir(kept.path):  # noqa: PTH112 - half the time of Path's, at each load
-        return None
-    entry = kept.find()
+    entry = _cache(bundle, cache, what).find()
     if entry is None or entry.failed:
         return None
     try:
