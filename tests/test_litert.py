@@ -188,7 +188,7 @@ def test_damaged_weights_are_made_anew(bundle: Bundle, tmp_path: Path, verify: s
 
 ENTRIES: dict[str, Callable[[Path], object]] = {
     **{
-        text[:9] or "empty": lambda path, text=text: path.write_text(text)  # type: ignore[misc]
+        text[:5] or "empty": lambda path, text=text: path.write_text(text)  # type: ignore[misc]
         for text in ("", "{}", "[1]", "null", "1.5", '"text"', '{"facts": {}, "files": {}, "failed": ""}', "[" * 50_000)
     },
     "no files": lambda path: edit_entry(path, files={}),
@@ -213,6 +213,18 @@ def test_a_damaged_entry_is_made_anew(bundle: Bundle, tmp_path: Path, kind: str)
     with load(bundle.path, cache_dir=tmp_path) as session:
         assert mapped(session)
     assert json.loads((entry / engine_cache.ENTRY_NAME).read_text())["failed"] == ""
+
+
+@pytest.mark.parametrize("kind", ["empty", "a pipe", "endless"])
+def test_something_else_in_place_of_an_entry_makes_way(bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    load(bundle.path, cache_dir=tmp_path).close()
+    (entry,) = entries(tmp_path)
+    shutil.rmtree(entry)
+    entry.touch()
+    ENTRIES[kind](entry)
+    with load(bundle.path, cache_dir=tmp_path) as session:
+        assert mapped(session)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("kind", ["missing", "a folder", "a pipe", "endless"])

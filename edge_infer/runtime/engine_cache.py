@@ -115,6 +115,7 @@ class EngineCache:
         doomed = self.path.with_name(f".{self.path.name}.{os.getpid()}.removed")
         with contextlib.suppress(OSError):
             self.path.rename(doomed)
+            doomed.unlink()  # what is no folder: rmtree would leave it there, and wait for a pipe's writer
         shutil.rmtree(doomed, ignore_errors=True)
 
     @property
