@@ -300,6 +300,26 @@ def test_a_package_that_could_not_predict_is_not_made(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_pixels_than_there_is_memory_for_are_refused() -> None:
+    """In a process of its own, whose memory can be limited."""
+    code = """
+import resource, numpy as np
+from edge_infer.errors import OutOfMemory
+from edge_infer.manifest import Preprocessing, TensorSpec
+from edge_infer.runtime.predict import Predictor
+from types import SimpleNamespace
+spec = TensorSpec("image", "float32", (None, None, None, 3), Preprocessing((32768, 32768), "letterbox"))
+bundle = SimpleNamespace(manifest=SimpleNamespace(inputs=(spec,), outputs=(), postprocessing=None), file=None)
+resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
+try:
+    Predictor(bundle)(lambda arrays: {}, np.zeros((9, 9, 3), np.uint8))
+except OutOfMemory as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "there is no memory to make image float32[?, ?, ?, 3] of the image; close other programs\n"
+
+
 def test_a_bundle_that_says_nothing_of_images_says_so(packaged: Any) -> None:
     with (
         load(packaged("torch.onnx", "onnx", "float32").path) as session,

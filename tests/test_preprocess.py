@@ -116,6 +116,12 @@ def test_mean_and_std_are_in_the_order_of_the_color() -> None:
     assert preprocess(red, spec(steps)).ravel().tolist() == [-1.0, -2.0, 2.0]
 
 
+def test_whole_numbers_larger_than_numpys_are_numbers_too() -> None:
+    steps = Preprocessing(color="L", scale=2**63, mean=(2**70,), std=(2**65,))
+    given = preprocess(np.full((1, 1), 255, np.uint8), TensorSpec("x", "float32", (None, 1, 1, 1), steps))
+    assert given.item() == pytest.approx((255 * 2.0**63 - 2.0**70) / 2.0**65)
+
+
 def test_whole_numbered_inputs_are_rounded_into_their_range() -> None:
     image = np.array([[[0], [127], [255]]], np.uint8)
     signed = spec(Preprocessing(color="L", mean=(128,)), None, 1, 3, 1, dtype="int8")

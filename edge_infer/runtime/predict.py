@@ -10,7 +10,7 @@ from typing import Any, Union
 import numpy as np
 
 from edge_infer.bundle import Bundle
-from edge_infer.errors import UsageError
+from edge_infer.errors import OutOfMemory, UsageError
 from edge_infer.manifest import Boxes, Postprocessing
 from edge_infer.runtime import postprocess
 from edge_infer.runtime.arrays import read_npz
@@ -40,8 +40,12 @@ class Predictor:
             postprocess.check(self._steps, manifest.outputs, self._labels, self._anchors)
 
     def __call__(self, run: Run, image: Image) -> Prediction:
-        pixels = image if isinstance(image, np.ndarray) else decode(image)
-        answers = run({self._input.name: preprocess(pixels, self._input)})
+        try:
+            pixels = image if isinstance(image, np.ndarray) else decode(image)
+            given = preprocess(pixels, self._input)
+        except MemoryError as error:  # a bundle may ask for as many pixels as the input takes
+            raise OutOfMemory(f"there is no memory to make {self._input} of the image; close other programs") from error
+        answers = run({self._input.name: given})
         steps = self._steps
         if steps is None:
             return answers

@@ -230,8 +230,9 @@ def _scaled(pixels: Array, steps: Preprocessing, dtype: np.dtype[Any]) -> Array:
 def _values(steps: Preprocessing) -> Array:
     """What each channel makes of 0 to 255, float64[channels, 256]."""
     ones = np.ones(_channels(steps))
-    mean, std = ones * (steps.mean or 0.0), ones * (steps.std or 1.0)
-    values: Array = (np.arange(256) * steps.scale - mean[:, None]) / std[:, None]
+    # As float64 at once: numpy has no whole numbers as large as JSON has.
+    mean, std = ones * np.array(steps.mean or 0, np.float64), ones * np.array(steps.std or 1, np.float64)
+    values: Array = (np.arange(256) * float(steps.scale) - mean[:, None]) / std[:, None]
     return values
 
 
