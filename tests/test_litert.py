@@ -248,8 +248,8 @@ def test_another_engine_or_processor_gets_weights_of_its_own(
         monkeypatch.setattr(engine_cache, "machine", lambda: machine)
         real = engine_cache.EngineCache.__init__
 
-        def other(self: Any, folder: Path, digest: str, facts: dict[str, str]) -> None:
-            real(self, folder, digest, {**facts, fact: "another"})
+        def other(self: Any, folder: Path, bundle: Bundle, facts: dict[str, str]) -> None:
+            real(self, folder, bundle, {**facts, fact: "another"})
 
         monkeypatch.setattr(engine_cache.EngineCache, "__init__", other)
     elif fact == "machine":

@@ -8,7 +8,8 @@
 
 An engine does not notice that such a file was made of another model, by another version or for another processor, and
 answers wrongly without a word. So the key is made from all of these, and the files are hashed like those of a bundle
-before an engine sees them. Nothing here is required: without it a model is opened the plain way.
+before an engine sees them. Nothing here is required: without it a model is opened the plain way. Whoever makes an entry
+removes those that nobody needs any more (``tidy``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,10 @@ ENTRY_MAX_BYTES = 64 * 1024
 CPUINFO_BYTES = 16384
 #: For a smaller bundle there is nothing to save that would be worth a child.
 SMALLEST_BYTES = 2**20
+#: What an engine may write, as a multiple of the bundle's size: ONNX Runtime keeps its weights raw and packed.
+MOST_TIMES = 2
+#: An entry's last use is noted no more often than that.
+NOTED_S = 600.0
 #: A child that has not opened a model and asked its golden questions by then hangs. Half of what a self-test may take
 #: (``admission.TIMEOUT_S``), which goes on with the plain way after that.
 CHILD_S = 60.0
@@ -54,12 +60,13 @@ class Entry(Record):
 
 
 class EngineCache:
-    """The entries of one bundle for one engine in ``folder``."""
+    """The entry of one bundle for one engine in ``folder``."""
 
-    def __init__(self, folder: Path, digest: str, facts: Mapping[str, str]) -> None:
-        self.facts = {"format": str(FORMAT), "bundle": digest, **machine(), **facts}
+    def __init__(self, folder: Path, bundle: Bundle, facts: Mapping[str, str]) -> None:
+        self.facts = {"format": str(FORMAT), "bundle": bundle.digest, **machine(), **facts}
         key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = folder / f"{digest}.{key}"
+        self.path = folder / f"{bundle.digest}.{key}"
+        self._source = bundle.path
 
     def find(self, verify: str = "auto") -> Entry | None:
         """The entry, its files verified; None where there is none, and where it is damaged, which removes it."""
@@ -78,6 +85,7 @@ class EngineCache:
         ):  # BundleError is a ValueError
             self.remove()
             return None
+        self._note_use()
         return entry
 
     def build(self, make: Callable[[Path], str]) -> Entry:
@@ -102,6 +110,7 @@ class EngineCache:
             with contextlib.suppress(OSError):  # not empty: another process was faster
                 aside.rename(self.path)
             sync_directory(self.path.parent)
+            self._tidy()
         except OSError as error:
             return Entry(self.path, {}, str(error))
         finally:
@@ -118,6 +127,19 @@ class EngineCache:
             doomed.unlink()  # what is no folder: rmtree would leave it there, and wait for a pipe's writer
         shutil.rmtree(doomed, ignore_errors=True)
 
+    def _note_use(self) -> None:
+        """The time of ``entry.json`` is that of the last use, ten minutes more or less."""
+        path = self.path / ENTRY_NAME
+        with contextlib.suppress(OSError):  # a read-only disk has no need of it
+            if path.stat().st_mtime < time.time() - NOTED_S:
+                os.utime(path)
+
+    def _tidy(self) -> None:
+        from edge_infer.runtime.tidy import tidy
+
+        with contextlib.suppress(OSError):
+            tidy(self.path.parent, keep=self.path.name)
+
     @property
     def _stamp(self) -> Path:
         return self.path.with_name(f"{self.path.name}.verified")
@@ -130,10 +152,13 @@ class EngineCache:
         return Entry(self.path, files, str(row["failed"]))
 
     def _seal(self, folder: Path, failed: str) -> None:
-        names = [] if failed else sorted(os.listdir(folder))
+        if failed:
+            _empty(folder)
+        names = sorted(os.listdir(folder))
         files = describe_files(folder, names)
         row = {
             "facts": self.facts,
+            "source": str(self._source.absolute()),
             "failed": failed,
             "files": {name: [entry.size, entry.sha256] for name, entry in files.items()},
         }
@@ -154,7 +179,7 @@ def worth_it(bundle: Bundle) -> bool:
 
 def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, prepack: bool | None = None) -> Entry:
     """The entry of ``bundle`` in ``folder`` for an engine with these ``facts``, made when it is not there."""
-    cache = EngineCache(folder, bundle.digest, facts)
+    cache = EngineCache(folder, bundle, facts)
     return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside, prepack))
 
 
@@ -173,10 +198,24 @@ def prepare_in_child(bundle: Bundle, folder: Path, prepack: bool | None = None) 
     except (EngineError, InputError, SelfTestFailed) as error:
         if isinstance(error, OutOfMemory):
             raise OSError(str(error)) from error
+        _require_room(folder, MOST_TIMES * bundle.manifest.size)  # engines have many words for a full disk
         return str(error)
     except EdgeInferError as error:
         raise OSError(str(error)) from error
     return ""
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Raise OSError unless ``folder`` has room for a file of ``size`` bytes once it is empty, which it is then."""
+    _empty(folder)
+    with (folder / "room").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def machine() -> dict[str, str]:

@@ -158,4 +158,4 @@ def _read(bundle: Bundle, cache: Path, what: str) -> Any:
 
 
 def _cache(bundle: Bundle, folder: Path, what: str) -> EngineCache:
-    return EngineCache(folder, bundle.digest, {"what": what, "cores": str(default_threads())})
+    return EngineCache(folder, bundle, {"what": what, "cores": str(default_threads())})

@@ -16,6 +16,7 @@ from edge_infer.records import Record
 RESIDENCIES = ("lazy", "prefault", "lock")
 #: From the kernel's include/uapi/asm-generic/mman-common.h; the second since Linux 5.14.
 MADV_WILLNEED, MADV_POPULATE_READ = 3, 22
+MLOCK_ONFAULT = 1
 HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ +(/.*)$")
 
 
@@ -78,13 +79,20 @@ def lock(files: tuple[Path, ...]) -> None:
     """Keep all mapped pages of the files in memory as long as they are mapped. Raises OutOfMemory."""
     for mapping in mappings(files):
         length = mapping.end - mapping.start
-        error = _call("mlock", mapping.start, length)
+        error = _lock(mapping.start, length)
         if error:
             allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             raise OutOfMemory(
                 f"cannot lock {length:,} bytes in memory ({os.strerror(error)}), this process may lock {allowed:,} "
                 "(ulimit -l); raise that, or use residency='prefault'"
             )
+
+
+def _lock(start: int, length: int) -> int:
+    """Plain ``mlock`` would write to each page of a mapping that may be written, and so make it this process's own."""
+    if _call("madvise", start, length, MADV_POPULATE_READ):
+        return _call("mlock", start, length)  # an older Linux, which cannot bring them in for reading
+    return _call("mlock2", start, length, MLOCK_ONFAULT)
 
 
 def _call(name: str, start: int, *arguments: int) -> int:
