@@ -24,7 +24,7 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     run = commands.add_parser("run", help="run once")
     run.add_argument("--input", type=Path, metavar="FILE.npz", help="arrays by input name (default: a golden case)")
     run.add_argument("--output", type=Path, metavar="FILE.npz", help="where to store the answers")
-    run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output))
+    run.set_defaults(call=lambda args: _commands().run(args.bundle, args.input, args.output, args.max_memory))
     predict = commands.add_parser("predict", help="an image becomes classes or boxes, as the bundle says")
     predict.set_defaults(call=lambda args: _commands().predict(args.bundle, args.image))
     bench = commands.add_parser("bench", help="load time, latency and memory on this machine")
@@ -45,6 +45,10 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
     bench.add_argument("--setting", help=argparse.SUPPRESS)  # how tune and --throughput ask their children
     bench.add_argument("--pool", type=positive, nargs=3, help=argparse.SUPPRESS)
     bench.set_defaults(call=_bench)
+    for parser in (run, bench):
+        parser.add_argument(
+            "--max-memory", type=positive, metavar="BYTES", help="private memory that opening and one run may add"
+        )
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
     tune.add_argument("--throughput", action="store_true", help="how a Pool gives the most answers a second instead")
@@ -77,6 +81,7 @@ def _bench(args: argparse.Namespace) -> Any:
         profile=bool(args.profile),
         trace=trace,
         setting=setting,
+        max_memory=args.max_memory,
     )
 
 
@@ -176,7 +181,13 @@ def _fail(args: argparse.Namespace, error: BaseException, status: int) -> int:
     return status
 
 
+def _prepare(args: argparse.Namespace) -> Any:
+    _commands().memory.be_killed_first()
+    return _commands().prepare(args.bundle, args.folder, args.prepack)
+
+
 def _selftest(args: argparse.Namespace) -> Any:
+    _commands().memory.be_killed_first()
     if args.max_memory:
         import resource
 
@@ -202,7 +213,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("--json", action="store_true")
     prepare.add_argument("--prepack", action=argparse.BooleanOptionalAction, help="not as the bundle says")
-    prepare.set_defaults(
-        call=lambda args: _commands().prepare(args.bundle, args.folder, args.prepack), show=print_plain
-    )
+    prepare.set_defaults(call=_prepare, show=print_plain)
     return report(parser.parse_args(argv))

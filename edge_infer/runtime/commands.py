@@ -126,9 +126,9 @@ def _require_different_sizes(bundle: Bundle) -> None:
                 raise EngineError(f"all golden questions have the same size of {spec} in dimension {axis}")
 
 
-def run(source: Source, inputs: Path | None, output: Path | None) -> dict[str, Any]:
+def run(source: Source, inputs: Path | None, output: Path | None, max_memory: int | None = None) -> dict[str, Any]:
     """Run once on the arrays of an npz file (default: the first golden case); store or summarize the answers."""
-    with load(source) as session:
+    with load(source, max_memory=max_memory) as session:
         arrays = read_arrays(inputs, session) if inputs else read_golden(session.bundle)[0][0]
         answers = session.run(arrays)
     if output:
@@ -235,6 +235,7 @@ def bench(
     profile: bool = False,
     trace: Path | None = None,
     setting: Setting | None = None,
+    max_memory: int | None = None,
 ) -> dict[str, Any]:
     """Time opening and running the bundle's first golden case in this process.
 
@@ -253,11 +254,11 @@ def bench(
     cache = cache_of(bundle)
     setting = setting or plan.chosen(bundle, cache, threads, spinning)
 
-    def opened() -> Session:
+    def opened(limit: int | None = None) -> Session:
         bundles.verify(bundle, "auto", cache, check_model)
-        return open_session(bundle, cache, setting)
+        return open_session(bundle, cache, setting, max_memory=limit)
 
-    opened().close()  # hashes the files and leaves the stamp
+    opened(max_memory).close()  # hashes the files and leaves the stamp
     asked = read_golden(bundle)[0][0]
     baseline = memory.private_bytes()
     cool = thermal.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from edge_infer.bundle import Bundle
 from edge_infer.errors import BundleError, SelfTestFailed
 from edge_infer.manifest import TensorSpec
 from edge_infer.runtime.arrays import read_npz, write_npz
-from edge_infer.runtime.session import Session
+
+if TYPE_CHECKING:
+    from edge_infer.runtime.session import Session
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Case = tuple[Arrays, Arrays]

@@ -15,10 +15,11 @@ from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
-from edge_infer.runtime import memory, plan
+from edge_infer.runtime import memory, plan, room
 from edge_infer.runtime.buffers import Buffers
 from edge_infer.runtime.cores import kept_to
-from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, open_engine
+from edge_infer.runtime.engines import Engine, EngineInfo, EngineOptions, check_model, engine_module, open_engine
+from edge_infer.runtime.golden import read_golden
 from edge_infer.runtime.inputs import InputCheck
 from edge_infer.runtime.plan import Setting
 from edge_infer.runtime.residency import RESIDENCIES, Memory, lock, mappings, prefault
@@ -40,6 +41,7 @@ def load(
     providers: tuple[str, ...] | None = None,
     residency: str = "lazy",
     spinning: bool | None = None,
+    max_memory: int | None = None,
 ) -> Session:
     """Open a bundle.
 
@@ -54,6 +56,10 @@ def load(
     bundle's order of accelerators. ``residency="lazy"`` reads weights from the storage when they are first used,
     ``"prefault"`` now, and ``"lock"`` keeps them in memory as well.
 
+    ``max_memory``: the private memory in bytes that opening and one golden question may add to this process, over the
+    imported engine; mapped files do not count. What is known to take more is refused at once, the rest is measured,
+    and closed when it took more (docs/loading.md). A model known not to fit the memory that is there is always refused.
+
     Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
     OutOfMemory.
     """
@@ -64,10 +70,14 @@ def load(
         raise UsageError(f"providers={providers!r}, expected a tuple of {', '.join(PROVIDERS)} or None")
     if residency not in RESIDENCIES:
         raise UsageError(f"residency={residency!r} is not known, expected one of {', '.join(RESIDENCIES)}")
+    if max_memory is not None and (not isinstance(max_memory, int) or max_memory < 1):
+        raise UsageError(f"max_memory={max_memory!r}, expected a whole number of bytes above 0 or None")
     cache = cache_of(bundle, cache_dir)
     bundles.verify(bundle, verify, cache, check_model)
     setting = plan.chosen(bundle, cache, threads, spinning)
-    return open_session(bundle, cache, setting, providers=providers, verify=verify, residency=residency)
+    return open_session(
+        bundle, cache, setting, providers=providers, verify=verify, residency=residency, max_memory=max_memory
+    )
 
 
 def open_session(
@@ -78,21 +88,32 @@ def open_session(
     providers: tuple[str, ...] | None = None,
     verify: str = "auto",
     residency: str = "lazy",
+    max_memory: int | None = None,
 ) -> Session:
     """``load`` for a bundle whose files were checked, with a setting that is known."""
-    options = EngineOptions(setting.threads, providers, cache, verify, setting.spinning, setting.prepack)
+    options = EngineOptions(setting.threads, providers, cache, verify, setting.spinning, setting.prepack, max_memory)
+    before = _private_bytes_of_engine(bundle) if max_memory is not None else 0
     with kept_to(setting.cores):
         session = Session(bundle, open_engine(bundle, options), cache, setting)
         memory.give_back()
         try:
-            if setting.cores:
-                session.warm_up()  # some engines start their threads only now
             if residency != "lazy":
                 {"prefault": prefault, "lock": lock}[residency](session.files)
+            if setting.cores or max_memory is not None:
+                session.warm_up()  # some engines start their threads and take their memory only now
+            if max_memory is not None:
+                memory.give_back()
+                room.require_taken(bundle, memory.private_bytes() - before, max_memory)
         except BaseException:
             session.close()
             raise
     return session
+
+
+def _private_bytes_of_engine(bundle: Bundle) -> int:
+    """Private memory of this process with the engine imported."""
+    engine_module(bundle).import_engine(bundle)
+    return memory.private_bytes()
 
 
 def find_bundle(source: str | os.PathLike[str]) -> Bundle:
@@ -149,8 +170,6 @@ class Session:
 
     def warm_up(self) -> None:
         """Run once on the first golden question, which ``stats`` does not count."""
-        from edge_infer.runtime.golden import read_golden
-
         asked, _ = read_golden(self.bundle)[0]
         self._open_engine().run(self._check.arrays(asked))
 

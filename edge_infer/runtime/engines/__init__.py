@@ -45,7 +45,8 @@ class EngineOptions(Record):
 
     ``providers=None`` takes the bundle's own order; ``cache=None`` keeps nothing from one open to the next;
     ``spinning`` lets idle threads of ONNX Runtime wait in a loop; ``prepack`` whether it repacks weights, None as the
-    bundle says.
+    bundle says; ``max_memory`` is the most private memory in bytes that opening may add, as far as an engine knows it
+    beforehand.
     """
 
     threads: int
@@ -54,6 +55,7 @@ class EngineOptions(Record):
     verify: str = "auto"
     spinning: bool = False
     prepack: bool | None = None
+    max_memory: int | None = None
 
 
 @dataclass(eq=False, repr=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import BundleError, EngineError
-from edge_infer.runtime import engine_cache
+from edge_infer.runtime import engine_cache, room
 from edge_infer.runtime.buffers import Buffers, zeros
 from edge_infer.runtime.engine_cache import Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
@@ -74,10 +74,19 @@ def open_model(
         else:
             model = entry.file(MODEL)
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
+    if model == bundle.file(bundle.manifest.artifact.model):
+        room.require(bundle, _least_private(bundle), options.max_memory)
     adjust(settings)
     session = onnxruntime.InferenceSession(str(model), settings, providers=providers)
     used = {value: name for name, value in PROVIDERS.items()}[session.get_providers()[0]]
     return OnnxEngine(bundle, session, EngineInfo(package, version, used, options.threads, notes))
+
+
+def _least_private(bundle: Bundle) -> int:
+    """Bytes that are read or repacked in any case: with ``prepack``, more than half of the weights (decision 7)."""
+    artifact, files = bundle.manifest.artifact, bundle.manifest.files
+    weights = files[artifact.weights].size if artifact.weights and artifact.prepack else 0
+    return files[artifact.model].size + weights // 2
 
 
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:

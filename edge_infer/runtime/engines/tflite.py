@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import EngineError, InputError
+from edge_infer.runtime import room
 from edge_infer.runtime.buffers import Buffers, CopiedBuffers
 from edge_infer.runtime.engines import (
     Engine,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 #: Package on PyPI and the module of its interpreter; the better-kept one first.
 PACKAGES = (("ai-edge-litert", "ai_edge_litert.interpreter"), ("tflite-runtime", "tflite_runtime.interpreter"))
 
+#: Operators whose weights may be most of a model, and which XNNPACK leaves where they are.
+READ_IN_PLACE = frozenset({"GATHER", "GATHER_ND", "EMBEDDING_LOOKUP", "CUSTOM"})
+
 
 def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
     if options.providers and "cpu" not in options.providers:
@@ -43,12 +47,21 @@ def open_model(bundle: Bundle, options: EngineOptions) -> Engine:
         notes = (f"weights are repacked in private memory: {entry.failed}",)
     package, module = import_engine(bundle)
     info = replace(engine_info(bundle, options, package, module.__name__), notes=notes)
+    room.require(bundle, _least_private(bundle, package), options.max_memory)
     # The file is mapped by its path, and unlike the compiled model the interpreter verifies the flatbuffer.
     with quiet():
         interpreter = module.Interpreter(
             model_path=str(bundle.file(bundle.manifest.artifact.model)), num_threads=options.threads
         )
         return TFLiteEngine(bundle, interpreter, info)
+
+
+def _least_private(bundle: Bundle, package: str) -> int:
+    """Bytes that an interpreter repacks in any case: all weights, unless an operator reads some where they lie."""
+    artifact = bundle.manifest.artifact
+    repacks = package == "ai-edge-litert" or artifact.precision == "float32"
+    repacks = repacks and bool(artifact.operators) and not READ_IN_PLACE.intersection(artifact.operators)
+    return bundle.manifest.files[artifact.model].size if repacks else 0
 
 
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> Engine:

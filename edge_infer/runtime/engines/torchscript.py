@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import BundleError, EngineError
+from edge_infer.runtime import room
 from edge_infer.runtime.buffers import Buffers, CopiedBuffers, write
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
 from edge_infer.runtime.memory import give_back
@@ -42,6 +43,8 @@ def open_model(bundle: Bundle, options: EngineOptions) -> TorchScriptEngine:
     torch = import_engine(bundle)
     require_version(bundle, "torch", torch.__version__)
     device, notes = _device(bundle, options)
+    # The skeleton is read; it holds what int8 layers keep packed. The weights beside it are mapped.
+    room.require(bundle, bundle.manifest.files[bundle.manifest.artifact.model].size, options.max_memory)
     torch.set_num_threads(options.threads)
     module = load_mapped(bundle)
     if device != "cpu":

@@ -1,0 +1,244 @@
+"""A model that would take more memory than is allowed, or than there is, is refused before the system kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from handmade import manifest_for, settle
+from onnx import TensorProto, helper, numpy_helper
+
+from edge_infer import Pool, load
+from edge_infer.bundle import Bundle, write_bundle
+from edge_infer.errors import OutOfMemory, UsageError
+from edge_infer.manifest import Artifact, Golden, Requirement, TensorSpec
+from edge_infer.runtime import memory
+from edge_infer.runtime.golden import write_golden
+
+SOURCES = {"tflite": "keras.keras", "onnx": "torch.onnx", "torchscript": "torch_script.pt"}
+MEGABYTE = 2**20
+WIDTH, LAYERS = 2048, 4
+WEIGHTS = WIDTH * WIDTH * 4 * LAYERS  # 64 MB
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Four dense layers of ONNX, 64 MB, which the engine repacks."""
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / "parts").mkdir()
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal((WIDTH, WIDTH), np.float32) * WIDTH**-0.5 for _ in range(LAYERS)]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [f"x{n}" if n else "x", f"w{n}"], [f"x{n + 1}"]) for n in range(LAYERS)],
+        "dense",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info(f"x{LAYERS}", TensorProto.FLOAT, ["n", WIDTH])],
+        [numpy_helper.from_array(array, f"w{number}") for number, array in enumerate(arrays)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save_model(model, folder / "parts" / "model.onnx", save_as_external_data=True, location="weights.bin")
+    inputs, outputs = (TensorSpec("x", "float32", (None, WIDTH)),), (TensorSpec("x4", "float32", (None, WIDTH)),)
+    x = rng.random((2, WIDTH), dtype=np.float32)
+    cases = [({"x": a}, {"x4": a @ arrays[0] @ arrays[1] @ arrays[2] @ arrays[3]}) for a in (x, x[:1])]
+    write_golden(folder / "parts" / "golden.npz", inputs, outputs, cases)
+    artifact = Artifact("onnx", "float32", "model.onnx", (Requirement("onnxruntime", "1.17"),), (), ("cpu",))
+    manifest = manifest_for(
+        folder / "parts",
+        dict.fromkeys(["model.onnx", "weights.bin", "golden.npz"], b""),
+        artifact=Artifact(**{**vars(artifact), "weights": "weights.bin", "prepack": True}),
+        inputs=inputs,
+        outputs=outputs,
+        golden=Golden("golden.npz", 2, {"x4": 1e-3}),
+        checks=(),
+    )
+    return settle(write_bundle(manifest, folder / "parts", folder / "dense.edge"))
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path) -> Path:
+    """Where no cache can be, so that the model is opened the plain way."""
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path / "file"
+
+
+# -- what is allowed ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_known_to_take_more_is_refused_at_once(dense: Bundle, no_cache: Path) -> None:
+    load(dense.path, cache_dir=no_cache, max_memory=4 * WEIGHTS).close()  # the engine is imported then
+    before = memory.private_bytes()
+    with pytest.raises(OutOfMemory, match=r"tiny takes at least 33,\d+,\d+ bytes .* allowed are 10,485,760 \(max_mem"):
+        load(dense.path, cache_dir=no_cache, max_memory=10 * MEGABYTE)
+    assert memory.private_bytes() - before < 4 * MEGABYTE
+
+
+def test_what_turned_out_to_take_more_is_closed_again(dense: Bundle, no_cache: Path) -> None:
+    load(dense.path, cache_dir=no_cache).close()
+    memory.give_back()
+    before = memory.private_bytes()
+    with pytest.raises(OutOfMemory) as caught:
+        load(dense.path, cache_dir=no_cache, max_memory=40 * MEGABYTE)
+    words = str(caught.value)
+    assert "answering one golden question took " in words and "allowed are 41,943,040 (max_memory)" in words
+    assert int(re.findall(r"took ([0-9,]+) bytes", words)[0].replace(",", "")) > WEIGHTS * 0.9
+    memory.give_back()
+    assert memory.private_bytes() - before < 8 * MEGABYTE
+
+
+def test_mapped_weights_do_not_count(dense: Bundle, tmp_path: Path) -> None:
+    with load(dense.path, cache_dir=tmp_path, max_memory=40 * MEGABYTE) as session:
+        assert session.info.notes == () and session.stats().count == 0
+
+
+@pytest.mark.parametrize("format", SOURCES)
+def test_every_engine_is_measured(packaged: Callable[..., Bundle], tmp_path: Path, format: str) -> None:
+    bundle = packaged(SOURCES[format], format, "float32")
+    done = in_child(
+        f"""
+from edge_infer import load
+from edge_infer.errors import OutOfMemory
+load({str(bundle.path)!r}, cache_dir={str(tmp_path)!r}, max_memory=300_000_000).close()
+try:
+    load({str(bundle.path)!r}, cache_dir={str(tmp_path / "other")!r}, max_memory=1)
+except OutOfMemory as error:
+    print(error)
+"""
+    )
+    assert "allowed are 1 (max_memory)" in done.stdout, done.stderr
+
+
+def test_each_session_of_a_pool_is_measured(dense: Bundle, no_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemory, match="max_memory"):
+        Pool(dense.path, sessions=2, threads=1, cache_dir=no_cache, max_memory=40 * MEGABYTE)
+    with Pool(dense.path, sessions=2, threads=1, cache_dir=tmp_path, max_memory=40 * MEGABYTE) as pool:
+        assert pool.run({"x": np.zeros((1, WIDTH), np.float32)})["x4"].shape == (1, WIDTH)
+
+
+@pytest.mark.parametrize("allowed", [0, -1, 1.5, "1GB"])
+def test_no_sensible_amount_is_refused(packaged: Callable[..., Bundle], allowed: Any) -> None:
+    with pytest.raises(UsageError, match="expected a whole number of bytes above 0"):
+        load(packaged(SOURCES["onnx"], "onnx", "float32").path, max_memory=allowed)
+
+
+@pytest.mark.parametrize("verb", ["run", "bench"])
+def test_the_command_line_takes_it(packaged: Callable[..., Bundle], verb: str) -> None:
+    bundle = packaged(SOURCES["onnx"], "onnx", "float32")
+    for allowed, status in ((300_000_000, 0), (1, 5)):
+        command = [sys.executable, "-m", "edge_infer", verb, str(bundle.path), "--max-memory", str(allowed), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+    assert json.loads(done.stdout)["error"]["type"] == "OutOfMemory"
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def in_child(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_model_that_the_process_may_not_hold_is_refused(dense: Bundle, no_cache: Path) -> None:
+    """A real limit, which the engine would run into."""
+    done = in_child(
+        f"""
+import resource
+import onnxruntime
+from edge_infer import load
+from edge_infer.errors import OutOfMemory
+from edge_infer.runtime import memory
+limit = memory._kilobytes("/proc/self/status")["VmData"] * 1024 + 24 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    load({str(dense.path)!r}, threads=1, cache_dir={str(no_cache)!r})
+except OutOfMemory as error:
+    print(error)
+"""
+    )
+    assert "tiny takes at least 33," in done.stdout and "the system has " in done.stdout, done.stderr
+    assert done.returncode == 0
+
+
+def groups(tmp_path: Path, own: str, files: dict[str, str]) -> int:
+    """``available_bytes`` of a process in the control groups ``own``, with the files under /sys/fs/cgroup."""
+    (tmp_path / "own").write_text(own)
+    (tmp_path / "meminfo").write_text("MemTotal: 1000000 kB\nMemAvailable: 800000 kB\nHugePages_Total: 0\n")
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return memory.available_bytes(str(tmp_path / "meminfo"), str(tmp_path / "own"), tmp_path / "groups")
+
+
+MACHINE = 800000 * 1024
+STAT = "anon 5\nactive_file 30\ninactive_file 20\n"
+STAT_1 = "total_active_file 300\ntotal_inactive_file 200\nactive_file 1\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {}, MACHINE),
+        ("", {}, MACHINE),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n"}, MACHINE),
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "1000\n", "a/b/memory.current": "400\n", "a/b/memory.stat": STAT},
+            1000 - 400 + 50,
+        ),
+        # the tighter limit of a group above
+        (
+            "0::/a/b\n",
+            {
+                "a/b/memory.max": "1000\n", "a/b/memory.current": "400\n", "a/b/memory.stat": STAT,
+                "a/memory.max": "500\n", "a/memory.current": "450\n", "a/memory.stat": STAT,
+            },
+            100,
+        ),
+        # in a container the group is at the root
+        (
+            "0::/../../docker/x\n",
+            {"memory.max": "700\n", "memory.current": "100\n", "memory.stat": STAT},
+            650,
+        ),
+        # version 1
+        (
+            "5:cpu:/a\n4:memory:/a\n0::/\n",
+            {
+                "memory/a/memory.limit_in_bytes": "9000\n", "memory/a/memory.usage_in_bytes": "8000\n",
+                "memory/a/memory.stat": STAT_1,
+            },
+            1500,
+        ),
+        # already over
+        ("0::/\n", {"memory.max": "100\n", "memory.current": "900\n", "memory.stat": STAT}, 0),
+    ],
+)  # fmt: skip
+def test_the_tightest_limit_counts(tmp_path: Path, own: str, files: dict[str, str], expected: int) -> None:
+    assert groups(tmp_path, own, files) == expected
+
+
+def test_this_machine_says_what_it_has() -> None:
+    assert 0 < memory.available_bytes() <= memory.total_bytes()
+
+
+def test_a_child_that_builds_offers_itself(dense: Bundle, tmp_path: Path) -> None:
+    """Seen from outside while it builds."""
+    (tmp_path / "made").mkdir()
+    command = [sys.executable, "-m", "edge_infer", "prepare", str(dense.path), str(tmp_path / "made")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    seen = set()
+    while child.poll() is None:
+        try:
+            seen.add(Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip())
+        except OSError:
+            break
+    assert child.wait() == 0 and "1000" in seen and os.listdir(tmp_path / "made")
