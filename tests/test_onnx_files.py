@@ -156,6 +156,36 @@ def test_a_file_is_looked_through_like_its_bytes(tmp_path: Path) -> None:
     assert locations_of(path) == set()
 
 
+def compiled(**attributes: Any) -> Any:
+    return helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", **attributes)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        compiled(embed_mode=0, ep_cache_context="/etc/passwd", source="TensorrtExecutionProvider"),
+        compiled(embed_mode=0, ep_cache_context="weights.bin", main_context=1),
+        compiled(embed_mode=1, ep_cache_context=b"\0engine"),
+        compiled(),
+    ],
+)
+def test_what_was_compiled_already_is_refused_wherever_it_hangs(node: Any) -> None:
+    inner = helper.make_node("If", ["flag"], ["y"], then_branch=graph([node]), else_branch=graph([constant("e.bin")]))
+    function = helper.make_function("mine", "F", [], ["y"], [node], [helper.make_opsetid("", 17)])
+    for made in (
+        model(graph([node])),
+        model(graph([inner])),
+        model(graph([helper.make_node("F", [], ["y"], domain="mine")]), functions=[function]),
+    ):
+        with pytest.raises(BundleError, match=r"EPContext node\), .* refused"):
+            external_locations(made.SerializeToString())
+
+
+def test_a_name_alone_is_not_refused() -> None:
+    node = helper.make_node("Identity", ["EPContext"], ["y"], name="EPContext", doc_string="EPContext")
+    assert external_locations(model(graph([node])).SerializeToString()) == set()
+
+
 @pytest.mark.parametrize("location", ["", "../x", "/etc/passwd", "ä/ö", "*/_ORT_MEM_ADDR_/*", "a\0b", "x" * 1000])
 def test_a_location_is_given_as_it_stands(location: str) -> None:
     made = model(graph([constant(location)]))

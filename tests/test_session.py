@@ -509,6 +509,23 @@ def test_onnx_weights_outside_the_bundle_are_refused_every_time(
             load(evil.path, cache_dir=tmp_path / "cache")
 
 
+def test_an_onnx_model_compiled_for_an_accelerator_is_refused(packaged: Callable[..., Bundle], tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        import onnx
+
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        node = onnx.helper.make_node(
+            "EPContext", ["image"], ["digit"], domain="com.microsoft", embed_mode=0, ep_cache_context="../engine"
+        )
+        del model.graph.node[:]
+        model.graph.node.append(node)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+    evil = rebuild(packaged("torch.onnx", "onnx", "float32"), tmp_path / "evil.edge", change)
+    with pytest.raises(BundleError, match="EPContext"):
+        load(evil.path)
+
+
 def test_onnx_weights_in_the_bundle_under_another_name_are_taken(
     packaged: Callable[..., Bundle], tmp_path: Path
 ) -> None:

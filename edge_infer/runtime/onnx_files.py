@@ -4,6 +4,9 @@ ONNX keeps the path of external data as text inside each tensor (``TensorProto.e
 at any depth: initializers, attributes, subgraphs, functions. A device has no onnx package, so this walks the wire
 format itself. It follows only the fields that can hold a tensor; numbers are those of onnx.proto.
 https://protobuf.dev/programming-guides/encoding/ and https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+
+A node of type EPContext is refused: it holds what an accelerator's compiler made, or names a file with it.
+https://onnxruntime.ai/docs/execution-providers/EP-Context-Design.html
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ CHILDREN: dict[str, dict[int, str]] = {
     "Tensor": {13: "Entry"},
 }
 
+#: NodeProto.op_type
+OP_TYPE = 4
+
 
 def locations_of(path: Path) -> set[str]:
     """``external_locations`` of a file, which is mapped: most of it may be weights, and those are passed over."""
@@ -38,7 +44,10 @@ def locations_of(path: Path) -> set[str]:
 
 
 def external_locations(model: bytes | mmap.mmap) -> set[str]:
-    """The ``location`` of every external tensor in a serialized ONNX ModelProto. Raises BundleError."""
+    """The ``location`` of every external tensor in a serialized ONNX ModelProto.
+
+    Raises BundleError for what is no such message, and for a model with a node that was compiled already.
+    """
     found: set[str] = set()
     _walk(memoryview(model), "Model", found, 0)
     return found
@@ -49,6 +58,11 @@ def _walk(data: memoryview, message: str, found: set[str], depth: int) -> None:
         raise BundleError(f"the ONNX model nests deeper than {MAX_DEPTH} messages; refused")
     for number, value in _fields(data):
         child = CHILDREN[message].get(number)
+        if message == "Node" and number == OP_TYPE and bytes(value) == b"EPContext":
+            raise BundleError(
+                "the ONNX model holds what was compiled for one accelerator already (an EPContext node), which may "
+                "name any file and which nothing can check; refused; package the model that it was made from"
+            )
         if child == "Entry":
             entry = dict(_fields(value))
             if bytes(entry.get(1, b"")) == b"location":
