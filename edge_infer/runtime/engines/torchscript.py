@@ -9,6 +9,7 @@ layers are made of such views: the kernels then repack them at the first run, bu
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 #: Name of the extra file in the skeleton that says where each tensor lies.
 TENSOR_TABLE = "tensors.json"
 FAILED = "TorchScript failed while running the model"
-# Modules run under ``optimized_execution(False)`` on a CPU: the packager has optimized the graph, and torch's own
-# optimizer, which fuses nothing on CPUs, would take 25 ms of the first runs and 3 MB.
+#: The strategy for fusing operators is set for the whole process, if only while a module is planned.
+PLANNING = threading.Lock()
 
 
 def import_engine(bundle: Bundle) -> Any:
@@ -132,53 +133,76 @@ def restored(kind: str, state: Any) -> Any:
     return made
 
 
+class Planned:
+    """A module whose first call on a CPU plans without profiling.
+
+    torch otherwise watches the first runs for operators to fuse, of which it fuses none on CPUs: 25 ms and 3 MB.
+    https://docs.pytorch.org/docs/stable/generated/torch.jit.set_fusion_strategy.html
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._is_planned = False
+
+    def __call__(self, *tensors: Any) -> Any:
+        if self._is_planned:
+            return self._module(*tensors)
+        import torch
+
+        jit: Any = torch.jit
+        with PLANNING:
+            before = jit.set_fusion_strategy([])
+            try:
+                results = self._module(*tensors)
+            finally:
+                jit.set_fusion_strategy(before)
+            self._is_planned = True
+        give_back()  # what packing weights took besides its result
+        return results
+
+
 class TorchScriptEngine:
     """A module called in inference mode; it may be called from several threads."""
 
     def __init__(self, bundle: Bundle, module: Any, info: EngineInfo) -> None:
         self.info = info
-        self._module = module
         self._torch = import_engine(bundle)
         self._elsewhere = info.provider != "cpu"
-        self._is_first = True
+        self._module = module
+        self._call = module if self._elsewhere else Planned(module)
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        torch: Any = self._torch
+        torch = self._torch
         try:
-            with torch.inference_mode(), torch.jit.optimized_execution(self._elsewhere):
+            with torch.inference_mode():
                 # Copied, because a module may work in place and the array is the caller's, perhaps read-only.
                 tensors = [torch.from_numpy(array.copy()) for array in arrays]
                 if self._elsewhere:
                     tensors = [tensor.to(self.info.provider) for tensor in tensors]
-                results = self._module(*tensors)
+                results = self._call(*tensors)
                 if self._elsewhere:
                     results = [result.cpu() for result in results]
                 # An output may be a view of an input or of a weight: what is returned belongs to the caller.
-                answers = [result.clone().numpy() for result in results]
+                return [result.clone().numpy() for result in results]
         except (RuntimeError, ValueError, MemoryError) as error:
             raise engine_error(error, FAILED) from error
-        if self._is_first:
-            self._is_first = False
-            give_back()  # what packing took besides its result
-        return answers
 
     def bind(self, inputs: list[np.ndarray[Any, Any]]) -> Buffers:
         if self._elsewhere:
             return CopiedBuffers(self.run, inputs)
-        return TorchScriptBuffers(self._module, inputs)
+        return TorchScriptBuffers(self._call, inputs)
 
     def close(self) -> None:
-        self._module = None
+        self._module = self._call = None
 
 
 class TorchScriptBuffers:
     """The module reads the inputs where they lie (one that works in place writes there too); its answers are copied."""
 
-    def __init__(self, module: Any, inputs: list[np.ndarray[Any, Any]]) -> None:
+    def __init__(self, call: Any, inputs: list[np.ndarray[Any, Any]]) -> None:
         import torch
 
-        self._torch: Any = torch
-        self._module = module
+        self._torch, self._call = torch, call
         self._given = [torch.from_numpy(array) for array in inputs]
         self.inputs = inputs
         self.outputs = [result.clone().numpy() for result in self._answers()]
@@ -189,10 +213,10 @@ class TorchScriptBuffers:
 
     def _answers(self) -> Any:
         try:
-            with self._torch.inference_mode(), self._torch.jit.optimized_execution(False):
-                return self._module(*self._given)
+            with self._torch.inference_mode():
+                return self._call(*self._given)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise engine_error(error, FAILED) from error
 
     def close(self) -> None:
-        self._module = None
+        self._call = None
