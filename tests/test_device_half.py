@@ -165,7 +165,7 @@ def test_no_host_module_or_other_framework_is_imported_to_run_a_bundle(
     modules = {name for name in names if name.startswith("edge_infer.")}
     allowed = {"errors", "manifest", "bundle", "store", "runtime", "admission"}
     assert {name.split(".")[1] for name in modules} <= allowed
-    parts = {"tflite": {"tflite", "litert", "litert_library"}}.get(format, {format})
+    parts = {"tflite": {"tflite", "litert", "litert_library"}, "onnx": {"onnx", "onnx_providers"}}.get(format, {format})
     assert {name.rpartition(".")[2] for name in modules if ".engines." in name} == parts
 
 

@@ -275,7 +275,7 @@ def test_a_model_that_fails_in_the_child_is_left_to_the_interpreter(
 ) -> None:
     tries: list[Path] = []
 
-    def prepare(bundle: Bundle, folder: Path) -> str:
+    def prepare(bundle: Bundle, folder: Path, build: engine_cache.Build) -> str:
         tries.append(folder)
         return "segmentation fault in the engine"
 
@@ -390,7 +390,7 @@ def test_two_processes_make_the_same_at_once(bundle: Bundle, tmp_path: Path) -> 
 def test_a_builder_that_was_killed_leaves_what_a_collection_removes(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(bundle: Bundle, folder: Path) -> str:
+    def die(bundle: Bundle, folder: Path, build: engine_cache.Build) -> str:
         (folder / litert.WEIGHTS).write_bytes(b"half")
         os._exit(9)
 

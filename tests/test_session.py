@@ -425,7 +425,7 @@ def test_an_accelerator_the_bundle_prefers_may_be_absent(packaged: Callable[...,
     bundle = packaged("torch.onnx", "onnx", "float32")
     artifact = replace(bundle.manifest.artifact, providers=("tensorrt", "cpu"))
     with load(rebuild(bundle, tmp_path / "b.edge", artifact=artifact).path) as session:
-        assert (session.info.provider, session.info.notes) == ("cpu", ("no tensorrt here",))
+        assert (session.info.provider, session.info.notes) == ("cpu", ("tensorrt is not in this build of onnxruntime",))
 
 
 # -- trust -------------------------------------------------------------------------------------------------------
@@ -846,7 +846,7 @@ def test_every_torchscript_tensor_lies_in_the_mapping(packaged: Callable[..., Bu
 CYCLES = """
 import gc, json, os, sys
 from pathlib import Path
-import edge_infer
+import edge_infer.runtime.session
 from edge_infer.runtime.golden import read_golden
 from edge_infer.runtime.memory import private_bytes
 

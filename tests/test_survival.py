@@ -413,7 +413,7 @@ def test_files_overwritten_may_give_wrong_answers_and_are_found_at_the_next_load
 CYCLES = """
 import gc, json, os, sys
 from pathlib import Path
-import edge_infer
+import edge_infer.runtime.session
 from edge_infer.runtime.golden import read_golden
 from edge_infer.runtime.memory import private_bytes
 

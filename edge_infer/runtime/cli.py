@@ -183,7 +183,7 @@ def _fail(args: argparse.Namespace, error: BaseException, status: int) -> int:
 
 def _prepare(args: argparse.Namespace) -> Any:
     _commands().memory.be_killed_first()
-    return _commands().prepare(args.bundle, args.folder, args.prepack)
+    return _commands().prepare(args.bundle, args.folder, args.provider, args.prepack)
 
 
 def _selftest(args: argparse.Namespace) -> Any:
@@ -213,5 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("--json", action="store_true")
     prepare.add_argument("--prepack", action=argparse.BooleanOptionalAction, help="not as the bundle says")
+    prepare.add_argument("--provider", choices=("tensorrt",), help="make what this one keeps (default: the processor)")
     prepare.set_defaults(call=_prepare, show=print_plain)
     return report(parser.parse_args(argv))

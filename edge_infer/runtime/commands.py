@@ -102,8 +102,9 @@ def selftest(source: Source) -> dict[str, Any]:
         return {"engine": dataclasses.asdict(session.info), "largest_difference": worst}
 
 
-def prepare(path: Path, folder: Path, prepack: bool | None = None) -> dict[str, Any]:
-    """Fill ``folder`` with what the engine makes of the model once, and ask it the golden questions.
+def prepare(path: Path, folder: Path, provider: str | None = None, prepack: bool | None = None) -> dict[str, Any]:
+    """Fill ``folder`` with what the engine, or this ``provider`` of it, makes of the model once, and ask it the golden
+    questions.
 
     ``prepack``: whether ONNX Runtime repacks weights, None as the bundle says.
 
@@ -111,8 +112,9 @@ def prepare(path: Path, folder: Path, prepack: bool | None = None) -> dict[str, 
     """
     bundle = bundles.open_bundle(path)
     bundles.verify(bundle, mode="full", inspect=check_model)
-    _require_different_sizes(bundle)
-    options = EngineOptions(default_threads(), prepack=prepack)
+    if provider is None:
+        _require_different_sizes(bundle)
+    options = EngineOptions(default_threads(), (provider,) if provider else None, prepack=prepack)
     with Session(bundle, prepare_engine(bundle, options, folder)) as session:
         return {"largest_difference": self_test(session)}
 

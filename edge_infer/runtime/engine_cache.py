@@ -59,6 +59,14 @@ class Entry(Record):
         return self.path / name
 
 
+@dataclass(eq=False, repr=False)
+class Build(Record):
+    """How a child is asked to make an entry: more arguments of ``prepare``, and how long it may take if not CHILD_S."""
+
+    arguments: tuple[str, ...] = ()
+    seconds: float | None = None
+
+
 class EngineCache:
     """The entry of one bundle for one engine in ``folder``."""
 
@@ -177,24 +185,23 @@ def worth_it(bundle: Bundle) -> bool:
     return bundle.manifest.size >= SMALLEST_BYTES
 
 
-def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, prepack: bool | None = None) -> Entry:
+def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, build: Build = Build()) -> Entry:
     """The entry of ``bundle`` in ``folder`` for an engine with these ``facts``, made when it is not there."""
     cache = EngineCache(folder, bundle, facts)
-    return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside, prepack))
+    return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside, build))
 
 
-def prepare_in_child(bundle: Bundle, folder: Path, prepack: bool | None = None) -> str:
+def prepare_in_child(bundle: Bundle, folder: Path, build: Build) -> str:
     """Let a child open the bundle with an engine that fills ``folder``, and ask it the golden questions.
 
     Gives an empty text, or the sentence why it must not be tried again. Raises OSError for what may pass.
     """
     from edge_infer import admission
 
-    arguments = ["prepare", str(bundle.path.absolute()), str(folder.absolute())]
-    if prepack is not None:
-        arguments.append("--prepack" if prepack else "--no-prepack")
     try:
-        admission.run_child(sys.executable, arguments, CHILD_S)
+        # Absolute, since the child's current folder is another one.
+        arguments = ["prepare", str(bundle.path.absolute()), str(folder.absolute()), *build.arguments]
+        admission.run_child(sys.executable, arguments, build.seconds or CHILD_S)
     except (EngineError, InputError, SelfTestFailed) as error:
         if isinstance(error, OutOfMemory):
             raise OSError(str(error)) from error

@@ -36,7 +36,17 @@ EXTRAS = {
     "torch": "torch",
 }
 
-OUT_OF_MEMORY_WORDS = ("bad_alloc", "out of memory", "Failed to allocate", "can't allocate memory", "Cannot allocate")
+#: Of C++, the system, ONNX Runtime and torch; then of TensorRT, cuBLAS and cuDNN.
+OUT_OF_MEMORY_WORDS = (
+    "bad_alloc",
+    "out of memory",
+    "Failed to allocate",
+    "can't allocate memory",
+    "Cannot allocate",
+    "OutOfMemory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(eq=False, repr=False)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_infer.errors import BundleError, EngineError
+from edge_infer.errors import BundleError, EngineError, EngineMissing
 from edge_infer.runtime import engine_cache, room
 from edge_infer.runtime.buffers import Buffers, zeros
-from edge_infer.runtime.engine_cache import Entry, engine_build
+from edge_infer.runtime.engine_cache import Build, Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
+from edge_infer.runtime.engines import onnx_providers as providers
+from edge_infer.runtime.gpu import facts as gpu_facts
+from edge_infer.runtime.gpu import tensorrt_version
 from edge_infer.runtime.onnx_files import external_locations
+from edge_infer.runtime.quiet import quiet
 
 if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
+
     from edge_infer.bundle import Bundle
 
-PROVIDERS = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
-
-
+CPU_ONLY = [providers.NAMES["cpu"]]
+#: TensorRT tries many kernels for each layer, which takes minutes on a small board.
+TENSORRT_S = 900.0
 FAILED = "ONNX Runtime failed while running the model"
 
 #: In the engine cache: the optimized model, and how it is written.
@@ -58,67 +63,219 @@ def open_model(
 ) -> OnnxEngine:
     """``adjust`` is given the session's options last."""
     onnxruntime = import_engine(bundle)
-    version = onnxruntime.__version__
-    available = onnxruntime.get_available_providers()
-    # Told by what it can do: asking importlib.metadata takes longer than opening a model.
-    package = "onnxruntime-gpu" if PROVIDERS["cuda"] in available else "onnxruntime"
-    require_version(bundle, package, version)
-    providers, notes = _providers(bundle, options, available)
+    package = _package(onnxruntime)
+    require_version(bundle, package, onnxruntime.__version__)
+    present, notes = _present(bundle, options, onnxruntime)
+    for order in providers.orders(present):
+        try:
+            opened = _open(bundle, options, order, adjust)
+        except _Unusable as unusable:
+            notes = (*notes, *unusable.notes)
+            continue
+        opened.info = replace(opened.info, notes=(*notes, *opened.info.notes))
+        return opened
+    raise EngineError(
+        f"none of {', '.join(options.providers or bundle.manifest.artifact.providers)} can be used here "
+        f"({'; '.join(notes)}); leave the choice to the bundle or allow 'cpu' as well"
+    )
+
+
+class _Unusable(Exception):
+    """The first provider of an order cannot be used; ``notes`` say why."""
+
+    def __init__(self, *notes: str) -> None:
+        super().__init__(*notes)
+        self.notes = notes
+
+
+def _package(onnxruntime: Any) -> str:
+    """Told by what it can do: asking importlib.metadata takes longer than opening a model."""
+    return "onnxruntime-gpu" if providers.NAMES["cuda"] in onnxruntime.get_available_providers() else "onnxruntime"
+
+
+def _present(bundle: Bundle, options: EngineOptions, onnxruntime: Any) -> tuple[list[str], tuple[str, ...]]:
+    """Of the providers that are wanted, those that this build has, and a note for each other."""
+    wanted, available = options.providers or bundle.manifest.artifact.providers, onnxruntime.get_available_providers()
+    absent = [name for name in wanted if providers.NAMES[name] not in available]
+    notes = tuple(f"{name} is not in this build of onnxruntime" for name in absent)
+    present = [name for name in wanted if name not in absent]
+    # A bundle's own order ends with the processor, whether it says so or not; one that was asked for does not.
+    return present if options.providers else [*present, "cpu"], notes
+
+
+def _open(bundle: Bundle, options: EngineOptions, order: Sequence[str], adjust: Callable[[Any], None]) -> OnnxEngine:
+    """Open with these providers. Raises _Unusable where another order may do."""
+    if tuple(order) == ("cpu",):
+        return _open_on_cpu(bundle, options, adjust)
+    with ExitStack() as stack:
+        engines = _tensorrt_engines(bundle, options) if order[0] == "tensorrt" else None
+        if engines is not None:
+            stack.callback(engines.cleanup)
+        session = _session(bundle, options, order, adjust, Path(engines.name) if engines else None)
+        used, notes = providers.placement(order, providers.assigned(session))
+        if used == "cpu" and "cpu" not in order:
+            raise _Unusable(*notes)
+        stack.pop_all()  # from here on they are the engine's
+    import onnxruntime
+
     notes = (*notes, "idle threads spin") if options.spinning else notes
+    info = EngineInfo(_package(onnxruntime), onnxruntime.__version__, used, options.threads, notes)
+    return OnnxEngine(bundle, session, info, engines)
+
+
+def _session(
+    bundle: Bundle, options: EngineOptions, order: Sequence[str], adjust: Callable[[Any], None], engines: Path | None
+) -> Any:
+    """A session that has the first of ``order``, and tells what runs where. Raises _Unusable."""
+    import onnxruntime
+
+    artifact, first = bundle.manifest.artifact, order[0]
+    settings = session_options(bundle, options.threads, options.spinning, options.prepack)
+    settings.add_session_config_entry(providers.RECORD_ASSIGNMENT, "1")
+    adjust(settings)
+    listed = providers.with_options(order, artifact.precision, onnxruntime.__version__, engines)
+    library = providers.library_of(first, Path(onnxruntime.__file__).parent)
+    try:
+        with quiet():
+            # Without its own fallback, which changes providers behind our back, also in the middle of a run.
+            session = onnxruntime.InferenceSession(
+                str(bundle.file(artifact.model)), settings, providers=listed, enable_fallback=0
+            )
+    except Exception as error:
+        raise _Unusable(providers.why_not(first, library, error)) from error
+    if providers.NAMES[first] not in session.get_providers():
+        raise _Unusable(providers.why_not(first, library))
+    return session
+
+
+def _open_on_cpu(bundle: Bundle, options: EngineOptions, adjust: Callable[[Any], None]) -> OnnxEngine:
+    import onnxruntime
+
+    notes: tuple[str, ...] = ("idle threads spin",) if options.spinning else ()
     model = bundle.file(bundle.manifest.artifact.model)
     settings = session_options(bundle, options.threads, options.spinning, options.prepack)
-    if options.cache is not None and engine_cache.worth_it(bundle) and providers == [PROVIDERS["cpu"]]:
-        entry = _laid_out(bundle, package, options)
-        if entry.failed:
-            notes = (*notes, f"weights are laid out in private memory: {entry.failed}")
-        else:
+    laid_out = False
+    if options.cache is not None and engine_cache.worth_it(bundle):
+        entry = _laid_out(bundle, options, options.cache)
+        laid_out = not entry.failed
+        if laid_out:
             model = entry.file(MODEL)
             settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
-    if model == bundle.file(bundle.manifest.artifact.model):
-        room.require(bundle, _least_private(bundle), options.max_memory)
+        else:
+            notes = (*notes, f"weights are laid out in private memory: {entry.failed}")
+    if not laid_out:
+        room.require(bundle, _least_private(bundle, options.prepack), options.max_memory)
     adjust(settings)
-    session = onnxruntime.InferenceSession(str(model), settings, providers=providers)
-    used = {value: name for name, value in PROVIDERS.items()}[session.get_providers()[0]]
-    return OnnxEngine(bundle, session, EngineInfo(package, version, used, options.threads, notes))
+    session = onnxruntime.InferenceSession(str(model), settings, providers=CPU_ONLY, enable_fallback=0)
+    info = EngineInfo(_package(onnxruntime), onnxruntime.__version__, "cpu", options.threads, notes)
+    return OnnxEngine(bundle, session, info)
 
 
-def _least_private(bundle: Bundle) -> int:
+def _laid_out(bundle: Bundle, options: EngineOptions, cache: Path) -> Entry:
+    import onnxruntime
+
+    facts, build = _facts(onnxruntime), Build()
+    if options.prepack not in (None, bundle.manifest.artifact.prepack):
+        facts["prepack"] = str(options.prepack)
+        build = Build(("--prepack" if options.prepack else "--no-prepack",))
+    return engine_cache.entry(bundle, cache, facts, options.verify, build)
+
+
+def _facts(onnxruntime: Any) -> dict[str, str]:
+    """What of an onnxruntime decides whether it can use what one made."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as library
+
+    version, build = onnxruntime.__version__, engine_build(Path(library.__file__))
+    return {"engine": _package(onnxruntime), "version": version, "build": build}
+
+
+def _least_private(bundle: Bundle, prepack: bool | None) -> int:
     """Bytes that are read or repacked in any case: with ``prepack``, more than half of the weights (decision 7)."""
     artifact, files = bundle.manifest.artifact, bundle.manifest.files
-    weights = files[artifact.weights].size if artifact.weights and artifact.prepack else 0
+    repacked = artifact.prepack if prepack is None else prepack
+    weights = files[artifact.weights].size if artifact.weights and repacked else 0
     return files[artifact.model].size + weights // 2
 
 
+def _tensorrt_engines(bundle: Bundle, options: EngineOptions) -> TemporaryDirectory[str] | None:
+    """A copy of the engines that TensorRT made of this model for this GPU, made now where there are none.
+
+    A copy, since TensorRT writes over them when inputs have other sizes. Without a cache folder it builds them at each
+    open. Raises _Unusable where a child could not make them: this process shall not try what may have crashed there.
+    """
+    import onnxruntime
+
+    if options.cache is None:
+        return None
+    version, here = tensorrt_version(), gpu_facts()
+    if version is None or here is None:
+        missing_part = "TensorRT (libnvinfer)" if version is None else "a GPU (libcuda)"
+        raise _Unusable(f"tensorrt failed to initialise: {missing_part} is not here")
+    choices = providers.provider_options("tensorrt", bundle.manifest.artifact.precision, onnxruntime.__version__)
+    facts = {**_facts(onnxruntime), **here, "tensorrt": version, "options": json.dumps(choices, sort_keys=True)}
+    build = engine_cache.Build(("--provider", "tensorrt"), TENSORRT_S)
+    entry = engine_cache.entry(bundle, options.cache, facts, options.verify, build)
+    if entry.failed:
+        raise _Unusable(f"tensorrt could not build its engines: {entry.failed}")
+    import shutil
+    import tempfile
+
+    copy = tempfile.TemporaryDirectory(prefix="edge-infer-tensorrt-")
+    for name in entry.files:
+        shutil.copyfile(entry.file(name), Path(copy.name) / name)
+    return copy
+
+
 def prepare(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
+    """Leave in ``folder`` what later opens map: for ``providers`` that begin with tensorrt its engines, else the model
+    laid out for the processor. The engine that is given has made or opened those files."""
+    import_engine(bundle)
+    if options.providers and options.providers[0] == "tensorrt":
+        return _build_engines(bundle, options, folder)
+    return _lay_out(bundle, options, folder)
+
+
+def _build_engines(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
+    """TensorRT builds while it opens a model, and in the first run where sizes are open."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    order = [name for name in ("tensorrt", "cuda") if providers.NAMES[name] in available]
+    if "tensorrt" not in order:
+        raise EngineError("tensorrt is not in this build of onnxruntime")
+    try:
+        session = _session(bundle, options, order, lambda settings: None, folder)
+    except _Unusable as unusable:
+        # Not EngineError, which would be kept as the model's lasting fault.
+        raise EngineMissing("; ".join(unusable.notes)) from unusable
+    used, notes = providers.placement(order, providers.assigned(session))
+    if used != "tensorrt":
+        raise EngineError("; ".join(notes))
+    version = onnxruntime.__version__
+    info = EngineInfo(_package(onnxruntime), version, used, options.threads, notes)
+    return OnnxEngine(bundle, session, info)
+
+
+def _lay_out(bundle: Bundle, options: EngineOptions, folder: Path) -> OnnxEngine:
     """Leave in ``folder`` the model as it was optimized for this processor, its weights in a file beside it: as
     convolutions were laid out anew for it, and repacked where the bundle says so.
 
     The engine that is given opened those files, as later opens do.
     https://onnxruntime.ai/docs/performance/model-optimizations/graph-optimizations.html#onnx-runtime-prepacked-weights
     """
-    onnxruntime = import_engine(bundle)
+    import onnxruntime
+
     settings = session_options(bundle, options.threads, options.spinning, options.prepack)
     settings.optimized_model_filepath = str(folder / MODEL)
     for name, value in KEEPING.items():
         settings.add_session_config_entry(f"session.{name}", value)
     onnxruntime.InferenceSession(
-        str(bundle.file(bundle.manifest.artifact.model)), settings, providers=[PROVIDERS["cpu"]]
+        str(bundle.file(bundle.manifest.artifact.model)), settings, providers=CPU_ONLY, enable_fallback=0
     )
     settings = session_options(bundle, options.threads, options.spinning, options.prepack)
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(folder / MODEL), settings, providers=[PROVIDERS["cpu"]])
+    session = onnxruntime.InferenceSession(str(folder / MODEL), settings, providers=CPU_ONLY, enable_fallback=0)
     return OnnxEngine(bundle, session, EngineInfo("onnxruntime", onnxruntime.__version__, "cpu", options.threads))
-
-
-def _laid_out(bundle: Bundle, package: str, options: EngineOptions) -> Entry:
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as library
-
-    facts = {"engine": package, "version": onnxruntime.__version__, "build": engine_build(Path(library.__file__))}
-    if options.prepack not in (None, bundle.manifest.artifact.prepack):
-        facts["prepack"] = str(options.prepack)
-    assert options.cache is not None
-    return engine_cache.entry(bundle, options.cache, facts, options.verify, options.prepack)
 
 
 def session_options(bundle: Bundle, threads: int, spinning: bool = False, prepack: bool | None = None) -> Any:
@@ -137,28 +294,15 @@ def session_options(bundle: Bundle, threads: int, spinning: bool = False, prepac
     return options
 
 
-def _providers(bundle: Bundle, options: EngineOptions, available: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    wanted = options.providers or bundle.manifest.artifact.providers
-    if options.providers:
-        absent = [name for name in wanted if PROVIDERS[name] not in available]
-        if absent:
-            raise EngineError(
-                f"this onnxruntime has no provider {absent[0]!r}, it has: {', '.join(available)}; "
-                "install a build that has it or leave the choice to the bundle"
-            )
-    usable = [PROVIDERS[name] for name in wanted if PROVIDERS[name] in available]
-    notes = tuple(f"no {name} here" for name in wanted if PROVIDERS[name] not in available)
-    if PROVIDERS["cpu"] not in usable:
-        usable.append(PROVIDERS["cpu"])
-    return usable, notes
-
-
 class OnnxEngine:
     """An inference session, which is made for several threads at once."""
 
-    def __init__(self, bundle: Bundle, session: Any, info: EngineInfo) -> None:
+    def __init__(
+        self, bundle: Bundle, session: Any, info: EngineInfo, engines: TemporaryDirectory[str] | None = None
+    ) -> None:
         self.info = info
         self._session = session
+        self._engines = engines
         self._inputs = [spec.name for spec in bundle.manifest.inputs]
         self._outputs = [spec.name for spec in bundle.manifest.outputs]
 
@@ -178,6 +322,9 @@ class OnnxEngine:
 
     def close(self) -> None:
         self._session = None
+        engines, self._engines = self._engines, None
+        if engines is not None:
+            engines.cleanup()
 
 
 class OnnxBuffers:

@@ -43,26 +43,46 @@ def import_engine(bundle: Bundle) -> Any:
 def open_model(bundle: Bundle, options: EngineOptions) -> TorchScriptEngine:
     torch = import_engine(bundle)
     require_version(bundle, "torch", torch.__version__)
-    device, notes = _device(bundle, options)
     # The skeleton is read; it holds what int8 layers keep packed. The weights beside it are mapped.
     room.require(bundle, bundle.manifest.files[bundle.manifest.artifact.model].size, options.max_memory)
     torch.set_num_threads(options.threads)
-    module = load_mapped(bundle)
-    if device != "cpu":
-        module = module.to(device)
+    module, device, notes = _placed(bundle, options)
     info = EngineInfo("torch", torch.__version__, device, options.threads, notes)
     return TorchScriptEngine(bundle, module, info)
 
 
-def _device(bundle: Bundle, options: EngineOptions) -> tuple[str, tuple[str, ...]]:
+def _placed(bundle: Bundle, options: EngineOptions) -> tuple[Any, str, tuple[str, ...]]:
+    """The module where it is going to run, the name of that, and why not elsewhere. Raises EngineError."""
+    wanted = options.providers or (*bundle.manifest.artifact.providers, "cpu")
+    notes: list[str] = []
+    for name in wanted:
+        if name == "cpu":
+            return load_mapped(bundle), "cpu", tuple(notes)
+        reason = _not_cuda() if name == "cuda" else f"{name} is no provider of TorchScript"
+        if reason is None:
+            try:
+                # Once, and for good; anew after a failure, which may have moved some of the weights.
+                return load_mapped(bundle).to("cuda"), "cuda", tuple(notes)
+            except (RuntimeError, MemoryError) as error:
+                reason = f"cuda cannot take the model: {engine_error(error, 'moving its weights')}"
+        notes.append(reason)
+    raise EngineError(
+        f"none of {', '.join(wanted)} can be used here ({'; '.join(notes)}); leave the choice to the bundle or allow "
+        "'cpu' as well"
+    )
+
+
+def _not_cuda() -> str | None:
+    """Why torch has no CUDA device here; None where it has one."""
     import torch
 
-    wanted = options.providers or bundle.manifest.artifact.providers
-    if "cuda" in wanted and torch.cuda.is_available():
-        return "cuda", ()
-    if options.providers and "cpu" not in options.providers:
-        raise EngineError("this torch sees no CUDA device; leave the choice to the bundle or allow 'cpu' as well")
-    return "cpu", ("no cuda here",) if "cuda" in wanted else ()
+    if torch.version.cuda is None:
+        return "cuda is not in this build of torch"
+    try:
+        torch.cuda.init()  # says why not, where is_available() does not
+    except (RuntimeError, AssertionError) as error:
+        return f"cuda failed to initialise: {(str(error).splitlines() or ['torch does not say why'])[0][:300]}"
+    return None if torch.cuda.device_count() else "cuda failed to initialise: torch sees no device"
 
 
 def load_mapped(bundle: Bundle) -> Any:
