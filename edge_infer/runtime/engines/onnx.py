@@ -143,6 +143,7 @@ def _session(
             )
     except Exception as error:
         raise _Unusable(providers.why_not(first, library, error)) from error
+    session.disable_fallback()  # releases that do not know the option above, 1.20 among them
     if providers.NAMES[first] not in session.get_providers():
         raise _Unusable(providers.why_not(first, library))
     return session
