@@ -67,6 +67,9 @@ class Build(Record):
     seconds: float | None = None
 
 
+AS_USUAL = Build()
+
+
 class EngineCache:
     """The entry of one bundle for one engine in ``folder``."""
 
@@ -185,7 +188,7 @@ def worth_it(bundle: Bundle) -> bool:
     return bundle.manifest.size >= SMALLEST_BYTES
 
 
-def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, build: Build = Build()) -> Entry:
+def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, build: Build = AS_USUAL) -> Entry:
     """The entry of ``bundle`` in ``folder`` for an engine with these ``facts``, made when it is not there."""
     cache = EngineCache(folder, bundle, facts)
     return cache.find(verify) or cache.build(lambda aside: prepare_in_child(bundle, aside, build))
