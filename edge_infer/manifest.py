@@ -20,6 +20,8 @@ from edge_infer.records import Record
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
+#: The field of a sealed JSON object that holds its own hash.
+SEAL = "sha256"
 #: A manifest larger than this is refused unread: it names files and tensors, it holds no data.
 MANIFEST_MAX_BYTES = 4 * 1024 * 1024
 
@@ -60,6 +62,12 @@ DTYPES = (
 #: File and model names: no separators, no leading dot or dash, nothing a shell or another system reads differently.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+#: No other line has just this indent; one of the later fields is always there.
+SEAL_LINE = re.compile(rb'\n "sha256": "([0-9a-f]{64})",(?=\n)')
+NOT_CANONICAL = (
+    "the manifest is not in its canonical form or lacks the hash of itself, so its digest means nothing; package again"
+)
 
 T = TypeVar("T")
 Decoder = Callable[[Any, str], T]
@@ -430,8 +438,12 @@ class Manifest(Record):
     extra: Mapping[str, Any] = extra()
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: sorted keys, UTF-8, one space of indent, no field at its default, a newline at the end."""
-        return canonical_json(to_json(self))
+        """Canonical JSON: sorted keys, UTF-8, one space of indent, no field at its default, a newline at the end.
+
+        ``sha256`` in it is that of the same bytes without it: a bundle that is opened by its path has no other word
+        for its manifest's being sound.
+        """
+        return seal(to_json(self))
 
     @property
     def digest(self) -> str:
@@ -446,6 +458,12 @@ class Manifest(Record):
 
 def canonical_json(value: object) -> bytes:
     return (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of ``content`` and, as ``sha256``, the hash of its canonical JSON without that."""
+    rest = {name: item for name, item in content.items() if name != SEAL}
+    return canonical_json({**rest, SEAL: hashlib.sha256(canonical_json(rest)).hexdigest()})
 
 
 def _is_default(item: Any, value: Any) -> bool:
@@ -474,8 +492,8 @@ def to_json(value: Any) -> Any:
 def parse(data: bytes) -> Manifest:
     """Read ``manifest.json``.
 
-    Raises BundleError when it is too large, not canonical JSON, of a newer schema, or when a field is missing,
-    of the wrong type, or names what the bundle does not hold.
+    Raises BundleError when it is too large, not canonical JSON, of a newer schema, not what its own hash says, or when
+    a field is missing, of the wrong type, or names what the bundle does not hold.
     """
     if len(data) > MANIFEST_MAX_BYTES:
         raise BundleError(f"the manifest has {len(data)} bytes, expected at most {MANIFEST_MAX_BYTES}")
@@ -496,11 +514,28 @@ def _parse(data: bytes) -> Manifest:
         raise BundleError(
             f"the manifest has schema {schema}, this edge_infer reads up to {SCHEMA}; upgrade edge-infer here"
         )
+    rest = _unsealed(data)
+    value.pop(SEAL, None)
     manifest = struct(Manifest)(value, "")
     _check_references(manifest)
-    if manifest.to_bytes() != data:
-        raise BundleError("the manifest is not in its canonical form, so its digest means nothing; package again")
+    if canonical_json(to_json(manifest)) != rest:
+        raise BundleError(NOT_CANONICAL)
     return manifest
+
+
+def _unsealed(data: bytes) -> bytes:
+    """What was sealed, told from the bytes alone. Raises BundleError when its hash is another."""
+    found = SEAL_LINE.search(data)
+    if found is None:
+        raise BundleError(NOT_CANONICAL)
+    rest = data[: found.start()] + data[found.end() :]
+    observed, expected = hashlib.sha256(rest).hexdigest(), found.group(1).decode()
+    if observed != expected:
+        raise BundleError(
+            f"the manifest has SHA-256 {observed[:16]}..., expected {expected[:16]}..., as it says itself: it is "
+            "damaged; package or push the model again"
+        )
+    return rest
 
 
 def _check_references(manifest: Manifest) -> None:

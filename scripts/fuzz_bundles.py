@@ -6,7 +6,7 @@
 
 Four families take turns on the files of a bundle. `lying`: as it might lie on a bad card, a file flipped, cut,
 spliced, swapped, missing, or something else than a file; half of them after the bundle was checked, so that a stamp
-says that all is well. `manifest`: fields replaced or removed, in canonical form again. `contents`: the golden
+says that all is well. `manifest`: fields replaced or removed, its own hash made right again. `contents`: the golden
 questions, labels or anchors damaged and the manifest's hashes made right again, as only a faulty or evil packager
 does. `sealed`: the same with an engine's own file; so the engine sees it. A fifth one, `cache`, has cases of its own,
 and with --cache-of takes a bundle's engine cache, made by a first open: its files and stamps damaged, fields of its

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_infer import manifest as parts
-from edge_infer.manifest import MANIFEST_NAME, canonical_json
+from edge_infer.manifest import MANIFEST_NAME, seal
 from edge_infer.runtime.engine_cache import ENTRY_NAME
 
 #: What a manifest can say; the last but three are the largest image, a nested list and text that is none.
@@ -82,10 +82,10 @@ def damage_file(path: Path, others: Sequence[Path], rng: random.Random) -> None:
 
 
 def manifest(folder: Path, rng: random.Random) -> None:
-    """Fields of the manifest replaced or removed, in canonical form again."""
+    """Fields of the manifest replaced or removed, its own hash made right again."""
     content = json.loads((folder / MANIFEST_NAME).read_bytes())
     replace_fields(content, ODD_VALUES, rng)
-    (folder / MANIFEST_NAME).write_bytes(canonical_json(content))
+    (folder / MANIFEST_NAME).write_bytes(seal(content))
 
 
 def replace_fields(content: Any, values: Sequence[Any], rng: random.Random) -> None:
@@ -136,7 +136,7 @@ def _damage_and_seal(folder: Path, names: Callable[[Any], list[str]], rng: rando
     data = damage((folder / name).read_bytes(), rng)
     (folder / name).write_bytes(data)
     content["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / MANIFEST_NAME).write_bytes(canonical_json(content))
+    (folder / MANIFEST_NAME).write_bytes(seal(content))
 
 
 # -- what an engine made of it -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 from edge_infer.bundle import SETTLED_NS, Bundle, describe_files, open_bundle, write_bundle
 from edge_infer.manifest import (
     SCHEMA,
+    SEAL,
     Artifact,
     Check,
     Golden,
@@ -71,4 +72,7 @@ def settle(bundle: Bundle) -> Bundle:
 
 
 def as_json(manifest: Manifest) -> Any:
-    return json.loads(manifest.to_bytes())
+    """Its content, to be spoiled and sealed again."""
+    value = json.loads(manifest.to_bytes())
+    del value[SEAL]
+    return value

@@ -12,7 +12,7 @@ import pytest
 from conftest import SOURCES
 
 from edge_infer.cli import main
-from edge_infer.manifest import canonical_json
+from edge_infer.manifest import seal
 
 Damage = Callable[[Path], None]
 
@@ -20,7 +20,7 @@ Damage = Callable[[Path], None]
 def edit_manifest(**changes: object) -> Damage:
     def damage(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        (path / "manifest.json").write_bytes(canonical_json({**manifest, **changes}))
+        (path / "manifest.json").write_bytes(seal({**manifest, **changes}))
 
     return damage
 
@@ -32,7 +32,7 @@ def rename_in_manifest(new: str) -> Damage:
         manifest = json.loads((path / "manifest.json").read_bytes())
         manifest["files"][new] = manifest["files"].pop("weights.bin")
         manifest["artifact"]["weights"] = new
-        (path / "manifest.json").write_bytes(canonical_json(manifest))
+        (path / "manifest.json").write_bytes(seal(manifest))
 
     return damage
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from handmade import FILES, as_json, manifest_for
 
 from edge_infer.errors import BundleError
-from edge_infer.manifest import MANIFEST_MAX_BYTES, SCHEMA, Manifest, canonical_json, parse
+from edge_infer.manifest import MANIFEST_MAX_BYTES, SCHEMA, SEAL_LINE, Manifest, parse, seal
 
 #: Fields with a default, which may be missing.
 OPTIONAL = {"weights", "signature", "prepack", "blind", "provenance"}
@@ -83,6 +84,7 @@ LITERAL = (
   }
  ],
  "schema": 1,
+ "sha256": "d0869d45042b42c94891d09b60455d91780f45e2d40bad1c6d7e0abc904f85f6",
  "target": {
   "architecture": "aarch64",
   "cpu_features": [],
@@ -108,14 +110,14 @@ def plain(tmp_path: Path) -> Any:
 def refused(value: Any) -> str:
     """The words with which a manifest is refused."""
     with pytest.raises(BundleError) as caught:
-        parse(value if isinstance(value, bytes) else canonical_json(value))
+        parse(value if isinstance(value, bytes) else seal(value))
     return str(caught.value)
 
 
 def test_canonical_form_byte_by_byte() -> None:
     manifest = parse(LITERAL.encode())
     assert manifest.to_bytes() == LITERAL.encode()
-    assert manifest.digest == "d0869d45042b42c94891d09b60455d91780f45e2d40bad1c6d7e0abc904f85f6"
+    assert manifest.digest == "d755a91fed80c73264a9b150af8cae52cb87a32b9d6a89fb5ccf7b72aaa80fdf"
     assert manifest.size == 123
     assert (manifest.artifact.providers, manifest.artifact.prepack) == (("cuda", "cpu"), True)
     assert str(manifest.inputs[0]) == "x int8[?, 7]"
@@ -124,7 +126,7 @@ def test_canonical_form_byte_by_byte() -> None:
 
 
 def test_a_manifest_made_in_python_is_read_back_equal(plain: Any) -> None:
-    manifest = parse(canonical_json(plain))
+    manifest = parse(seal(plain))
     assert parse(manifest.to_bytes()) == manifest
 
 
@@ -142,9 +144,20 @@ def test_unknown_fields_survive_at_every_level(plain: Any) -> None:
     for number, item in enumerate(list(objects(plain))):
         item["from_the_future"] = {"number": number, "list": [1, None, "ä", 0.5]}
         item["extra"] = "not the field of the dataclass"
-    data = canonical_json(plain)
+    data = seal(plain)
     assert data.count(b"from_the_future") == 11
     assert parse(data).to_bytes() == data
+
+
+def test_a_flipped_bit_anywhere_is_refused(plain: Any) -> None:
+    """Many would leave another sound manifest: another threshold, tolerance or mean."""
+    data = seal(plain)
+    for place in range(len(data)):
+        for bit in range(0, 8, 3):
+            spoilt = bytearray(data)
+            spoilt[place] ^= 1 << bit
+            refused(bytes(spoilt))
+    assert "as it says itself" in refused(data.replace(b"0.5", b"8.5"))
 
 
 def test_a_newer_schema_is_refused_with_advice(plain: Any) -> None:
@@ -162,7 +175,7 @@ def test_every_missing_field_is_refused(plain: Any, where: int) -> None:
         spoilt = copy.deepcopy(plain)
         del list(objects(spoilt))[where][name]
         if name in OPTIONAL:
-            assert parse(canonical_json(spoilt)).to_bytes() == canonical_json(spoilt)
+            assert parse(seal(spoilt)).to_bytes() == seal(spoilt)
         else:
             assert refused(spoilt)
 
@@ -182,7 +195,7 @@ def test_a_value_of_the_wrong_type_is_refused_or_fits(plain: Any, wrong: Any) ->
         for name in item:
             spoilt = copy.deepcopy(plain)
             list(objects(spoilt))[index][name] = wrong
-            data = canonical_json(spoilt)
+            data = seal(spoilt)
             try:
                 manifest = parse(data)
             except BundleError:
@@ -275,7 +288,7 @@ def test_a_model_name_that_is_not_plain_is_refused(plain: Any, field: str, name:
 
 def test_the_longest_plain_name_is_taken(plain: Any) -> None:
     plain["name"] = "x" * 100
-    assert parse(canonical_json(plain)).name == "x" * 100
+    assert parse(seal(plain)).name == "x" * 100
 
 
 @pytest.mark.parametrize("field", ["model", "weights"])
@@ -325,14 +338,22 @@ def test_a_tensor_name_used_twice_is_refused(plain: Any, kind: str) -> None:
     ],
 )
 def test_bytes_that_are_not_canonical_are_refused(plain: Any, spoil: Callable[[bytes], bytes]) -> None:
-    data = canonical_json(plain)
+    data = seal(plain)
     assert spoil(data) != data
     refused(spoil(data))
 
 
 def with_provenance(plain: Any, raw: bytes) -> bytes:
     plain["provenance"] = {"value": "HERE"}
-    return canonical_json(plain).replace(b'"HERE"', raw)
+    return sealed_again(seal(plain).replace(b'"HERE"', raw))
+
+
+def sealed_again(data: bytes) -> bytes:
+    """With its hash made right, whatever it is."""
+    found = SEAL_LINE.search(data)
+    assert found
+    rest = data[: found.start()] + data[found.end() :]
+    return data.replace(found[1], hashlib.sha256(rest).hexdigest().encode())
 
 
 @pytest.mark.parametrize("raw", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b'"\\ud800"', b"9" * 5000])
@@ -348,7 +369,7 @@ def test_deep_nesting_is_refused_or_written_back(plain: Any, depth: int, path: s
     opened = b"".join(b"[\n" + b" " * (spaces + level) for level in range(1, min(depth, 1000)))
     closed = b"".join(b"\n" + b" " * (spaces + level) + b"]" for level in reversed(range(min(depth, 1000) - 1)))
     nested = b"[" * depth + b"]" * depth if depth > 1000 else opened + b"[]" + closed
-    data = canonical_json(plain).replace(b'"HERE"', nested)
+    data = sealed_again(seal(plain).replace(b'"HERE"', nested))
     try:
         manifest = parse(data)
     except BundleError:
@@ -394,7 +415,7 @@ def mutate_value(plain: Any, chance: random.Random) -> bytes:
             del container[key]
         else:
             container[key] = chance.choice(REPLACEMENTS)
-    return canonical_json(spoilt)
+    return seal(spoilt)
 
 
 def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
@@ -423,7 +444,7 @@ def outcome(data: bytes) -> Manifest | None:
 
 def test_thousands_of_mutations_are_refused_or_written_back(plain: Any) -> None:
     chance = random.Random(20261123)
-    good = canonical_json(plain)
+    good = seal(plain)
     outcomes = [outcome(mutate_value(plain, chance)) for _ in range(2500)]
     outcomes += [outcome(mutate_bytes(good, chance)) for _ in range(2500)]
     taken = [manifest for manifest in outcomes if manifest is not None]

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from edge_infer.bundle import Bundle, describe_files, read_plain_file, sync_directory, sync_file, verify_files
 from edge_infer.errors import EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
-from edge_infer.manifest import FileEntry, canonical_json
+from edge_infer.manifest import FileEntry, seal
 from edge_infer.records import Record
 
 ENTRY_NAME = "entry.json"
@@ -156,8 +156,9 @@ class EngineCache:
         return self.path.with_name(f"{self.path.name}.verified")
 
     def _read(self) -> Entry:
-        row = json.loads(read_plain_file(self.path / ENTRY_NAME, ENTRY_MAX_BYTES))
-        if row.pop("sha256") != _sha256(row) or row["facts"] != self.facts:
+        data = read_plain_file(self.path / ENTRY_NAME, ENTRY_MAX_BYTES)
+        row = json.loads(data)
+        if seal(row) != data or row["facts"] != self.facts:
             raise ValueError("damaged, or made from something else")
         files = {name: FileEntry(int(size), str(sha256)) for name, (size, sha256) in row["files"].items()}
         return Entry(self.path, files, str(row["failed"]))
@@ -173,14 +174,10 @@ class EngineCache:
             "failed": failed,
             "files": {name: [entry.size, entry.sha256] for name, entry in files.items()},
         }
-        (folder / ENTRY_NAME).write_bytes(canonical_json({**row, "sha256": _sha256(row)}))
+        (folder / ENTRY_NAME).write_bytes(seal(row))
         for name in [*names, ENTRY_NAME]:
             sync_file(folder / name)
         sync_directory(folder)
-
-
-def _sha256(row: Mapping[str, object]) -> str:
-    return hashlib.sha256(canonical_json(row)).hexdigest()
 
 
 def worth_it(bundle: Bundle) -> bool:
