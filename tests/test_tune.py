@@ -13,11 +13,13 @@ import pytest
 from handmade import settle
 
 from edge_infer import Pool, load
+from edge_infer import bundle as bundles
 from edge_infer.bundle import Bundle
 from edge_infer.errors import OutOfMemory
 from edge_infer.runtime import cli, cores, engine_cache, plan, throughput, tuning
 from edge_infer.runtime.golden import read_golden
 from edge_infer.runtime.plan import Measured, PoolMeasured, PoolSetting, Setting
+from edge_infer.runtime.threads import default_threads
 from edge_infer.store import Store, default_root
 
 
@@ -152,6 +154,19 @@ def test_a_damaged_plan_is_none(bundle: Bundle, tmp_path: Path, text: str) -> No
     assert plan.read(bundle, tmp_path) is None
     with load(bundle.path, cache_dir=tmp_path):
         pass
+
+
+def test_a_full_check_hashes_the_plan_too(bundle: Bundle, tmp_path: Path) -> None:
+    """Where a stamp says that a damaged one is sound, it is believed otherwise."""
+    assert plan.keep(bundle, tmp_path, row(Setting(3), 1.0))
+    (kept,) = tmp_path.glob(f"*/{plan.PLAN_NAME}")
+    kept.write_text(kept.read_text().replace('"threads": 3', '"threads": 4'))
+    bundles._write_stamp(tmp_path / f"{kept.parent.name}.verified", bundles._stamps(kept.parent, [kept.name]))
+    with load(bundle.path, cache_dir=tmp_path) as session:
+        assert session.info.threads == 4
+    with load(bundle.path, cache_dir=tmp_path, verify="full") as session:
+        assert session.info.threads == default_threads()
+    assert not kept.exists()
 
 
 def test_a_home_by_a_relative_path_is_the_same_for_the_children(

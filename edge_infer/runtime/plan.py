@@ -100,9 +100,9 @@ def keep(bundle: Bundle, cache: Path, chosen: Measured) -> bool:
     return _keep(bundle, cache, "plan", asdict(chosen))
 
 
-def read(bundle: Bundle, cache: Path) -> Measured | None:
+def read(bundle: Bundle, cache: Path, verify: str = "auto") -> Measured | None:
     """What ``keep`` stored, if it did."""
-    row = _read(bundle, cache, "plan")
+    row = _read(bundle, cache, "plan", verify)
     try:
         return row and Measured(
             Setting.from_row(row["setting"]), float(row["p50_ms"]), float(row["p95_ms"]), int(row["peak_bytes"])
@@ -116,9 +116,9 @@ def keep_pool(bundle: Bundle, cache: Path, chosen: PoolMeasured) -> bool:
     return _keep(bundle, cache, "pool plan", asdict(chosen))
 
 
-def read_pool(bundle: Bundle, cache: Path) -> PoolMeasured | None:
+def read_pool(bundle: Bundle, cache: Path, verify: str = "auto") -> PoolMeasured | None:
     """What ``keep_pool`` stored, if it did."""
-    row = _read(bundle, cache, "pool plan")
+    row = _read(bundle, cache, "pool plan", verify)
     try:
         return row and PoolMeasured(
             PoolSetting(*(int(row["setting"][name]) for name in ("sessions", "threads", "batch"))),
@@ -130,9 +130,9 @@ def read_pool(bundle: Bundle, cache: Path) -> PoolMeasured | None:
         return None
 
 
-def chosen(bundle: Bundle, cache: Path, threads: int | None, spinning: bool | None) -> Setting:
+def chosen(bundle: Bundle, cache: Path, threads: int | None, spinning: bool | None, verify: str = "auto") -> Setting:
     """What is asked for; where nothing is, what was kept; else all cores that this process may use."""
-    tuned = read(bundle, cache) if threads is None and spinning is None else None
+    tuned = read(bundle, cache, verify) if threads is None and spinning is None else None
     return tuned.setting if tuned else Setting(threads or default_threads(), bool(spinning))
 
 
@@ -147,8 +147,8 @@ def _keep(bundle: Bundle, cache: Path, what: str, row: Mapping[str, Any]) -> boo
     return not kept.build(write).failed
 
 
-def _read(bundle: Bundle, cache: Path, what: str) -> Any:
-    entry = _cache(bundle, cache, what).find()
+def _read(bundle: Bundle, cache: Path, what: str, verify: str) -> Any:
+    entry = _cache(bundle, cache, what).find(verify)
     if entry is None or entry.failed:
         return None
     try:

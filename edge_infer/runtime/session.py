@@ -74,7 +74,7 @@ def load(
         raise UsageError(f"max_memory={max_memory!r}, expected a whole number of bytes above 0 or None")
     cache = cache_of(bundle, cache_dir)
     bundles.verify(bundle, verify, cache, check_model)
-    setting = plan.chosen(bundle, cache, threads, spinning)
+    setting = plan.chosen(bundle, cache, threads, spinning, verify)
     return open_session(
         bundle, cache, setting, providers=providers, verify=verify, residency=residency, max_memory=max_memory
     )
