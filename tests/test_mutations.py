@@ -202,3 +202,14 @@ def test_crashes_and_hangs_are_seen(
         ("contents", "FAILED: ended by SIGSEGV"),
         ("sealed", "ended by SIGSEGV"),  # only a faulty or evil packager makes these
     ]
+
+
+def test_the_page_is_what_its_figures_give_and_nothing_failed(fuzz: Any) -> None:
+    report, text = json.loads(fuzz.DATA.read_text()), fuzz.PAGE.read_text()
+    assert fuzz.page(report, text) == text
+    assert list(report) == [*fuzz.FILE_CASES, *fuzz.CACHE_CASES]
+    outcomes = [said for row in report.values() for family in row["families"].values() for said in family]
+    assert outcomes and not [said for said in outcomes if said.startswith("FAILED")]
+    for case in fuzz.FILE_CASES:
+        families = report[case]["families"]
+        assert sum(sum(families[name].values()) for name in fuzz.FAMILIES) == fuzz.COUNT
