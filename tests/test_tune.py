@@ -52,6 +52,12 @@ def test_the_fastest_is_chosen_where_it_is_worth_its_cores(rows: list[Measured],
     assert tuning.choose(rows, max_memory=200).setting == best
 
 
+def test_slow_runs_or_the_median_count() -> None:
+    rows = [Measured(ONE, 1.02, 1.12, 1), Measured(TWO, 0.61, 1.26, 1)]
+    assert tuning.choose(rows).setting == ONE
+    assert tuning.choose(rows, by="p50").setting == TWO
+
+
 def test_too_little_memory_for_every_setting_is_refused() -> None:
     with pytest.raises(OutOfMemory, match="within 50 bytes, the least was 90"):
         tuning.choose([row(ONE, 1.0), row(TWO, 1.0, 90)], max_memory=50)

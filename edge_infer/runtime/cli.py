@@ -51,6 +51,9 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
         )
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
+    tune.add_argument(
+        "--by", choices=("p95", "p50"), default="p95", help="what counts: slow runs (default) or the median"
+    )
     tune.add_argument("--throughput", action="store_true", help="how a Pool gives the most answers a second instead")
     tune.set_defaults(call=_tune)
     for parser in (info, verify, run, predict, bench, tune):
@@ -88,7 +91,7 @@ def _bench(args: argparse.Namespace) -> Any:
 def _tune(args: argparse.Namespace) -> Any:
     if args.throughput:
         return _commands().throughput(args.bundle, keep=True, progress=_progress)
-    return _commands().tune(args.bundle, args.max_memory, _progress)
+    return _commands().tune(args.bundle, args.max_memory, args.by, _progress)
 
 
 def _print_bench(answer: dict[str, Any]) -> None:

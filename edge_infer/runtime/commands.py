@@ -181,13 +181,19 @@ def read_arrays(path: Path, session: Session) -> Mapping[str, np.ndarray[Any, An
 
 
 def tune(
-    source: Source, max_memory: int | None = None, progress: Callable[[str], None] = lambda step: None
+    source: Source,
+    max_memory: int | None = None,
+    by: str = "p95",
+    progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Find how the bundle runs fastest here, and keep that for every later load. Raises OutOfMemory."""
+    """Find how the bundle runs fastest here ``by`` its p95 or p50, and keep that for every later load.
+
+    Raises OutOfMemory.
+    """
     from edge_infer.runtime import tuning
 
     bundle = find_bundle(source)
-    best, rows = tuning.tune(bundle, max_memory, progress)
+    best, rows = tuning.tune(bundle, max_memory, by, progress)
     return {
         "name": bundle.manifest.name,
         "chosen": str(best.setting),

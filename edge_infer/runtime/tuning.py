@@ -24,19 +24,23 @@ WORTH = 0.95
 
 
 def tune(
-    bundle: Bundle, max_memory: int | None = None, progress: Callable[[str], None] = lambda step: None
+    bundle: Bundle,
+    max_memory: int | None = None,
+    by: str = "p95",
+    progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Measured, list[Measured]]:
     """The best setting, and all that were measured, each as it was when it was last compared.
 
-    Raises OutOfMemory, and what opening the bundle raises.
+    ``by``: what counts, ``p95`` the slow runs or ``p50`` the median. More threads often bring the median down and slow
+    runs up: they wait for each other. Raises OutOfMemory, and what opening the bundle raises.
     """
     rows = measure(bundle, thread_settings(default_threads(), cores.strongest()), progress)
     measured = {row.setting: row for row in rows}
-    best = choose(rows, max_memory)
+    best = choose(rows, max_memory, by)
     for further in further_settings(bundle):
         rows = measure(bundle, [best.setting, further(best.setting)], progress)
         measured.update({row.setting: row for row in rows})
-        best = choose(rows, max_memory)
+        best = choose(rows, max_memory, by)
     return best, list(measured.values())
 
 
@@ -63,8 +67,8 @@ def further_settings(bundle: Bundle) -> Iterator[Callable[[Setting], Setting]]:
         yield lambda best: replace(best, prepack=not artifact.prepack)
 
 
-def choose(rows: Sequence[Measured], max_memory: int | None = None) -> Measured:
-    """The setting whose slow runs (p95) are fastest; a later one only where that is worth it. Raises OutOfMemory."""
+def choose(rows: Sequence[Measured], max_memory: int | None = None, by: str = "p95") -> Measured:
+    """The setting that is fastest ``by`` its p95 or p50; a later one only where it is worth it. Raises OutOfMemory."""
     fitting = [row for row in rows if max_memory is None or row.peak_bytes <= max_memory]
     if not fitting:
         least = min(row.peak_bytes for row in rows)
@@ -74,7 +78,7 @@ def choose(rows: Sequence[Measured], max_memory: int | None = None) -> Measured:
         )
     best = fitting[0]
     for row in fitting[1:]:
-        if row.p95_ms < best.p95_ms * WORTH:
+        if getattr(row, f"{by}_ms") < getattr(best, f"{by}_ms") * WORTH:
             best = row
     return best
 
