@@ -39,9 +39,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bench
 import mutations
 import numpy as np
+import pages
 from fuzz_cases import CACHE_CASES, FILE_CASES, ROOT, bundle_of, other_of
 
 from edge_infer import Session, load, verify
@@ -344,8 +344,8 @@ def page(report: Report, text: str) -> str:
     """``text`` with the tables that ``report`` gives."""
     files = {case: row for case, row in report.items() if case in FILE_CASES}
     cached = {case: row for case, row in report.items() if case in CACHE_CASES}
-    text = bench._between(text, "files", _table(files, FILE_COLUMNS))
-    return bench._between(text, "cache", _table(cached, CACHE_COLUMNS))
+    text = pages.between(text, "files", _table(files, FILE_COLUMNS))
+    return pages.between(text, "cache", _table(cached, CACHE_COLUMNS))
 
 
 #: Heading -> how an outcome that counts there begins.
@@ -377,7 +377,7 @@ def _table(report: Report, columns: dict[str, tuple[str, ...]]) -> list[str]:
                 raise SystemExit(f"{case}, {family}: {outcomes} do not fit the columns")
             rows.append([case, family, *(f"{count:,}" if count else "" for count in (total, *counts))])
     made = {f"Seed {entry['seed']}; {_versions(entry)}." for entry in report.values()}
-    return [*sorted(made), "", *bench.markdown(["bundle", "damage", "tried>", *columns], rows)]
+    return [*sorted(made), "", *pages.markdown(["bundle", "damage", "tried>", *columns], rows)]
 
 
 def _versions(entry: dict[str, Any]) -> str:

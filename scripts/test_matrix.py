@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bench
+import bench_cases
 
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.manifest import Requirement
@@ -163,7 +163,7 @@ def make_bundles(formats: Sequence[str]) -> dict[str, list[Bundle]]:
 def make_bundle(folder: Path, net: str, format: str, precision: str) -> Bundle:
     name = f"{net}-{format}-{precision}"
     print(f"packaging {name}", file=sys.stderr, flush=True)
-    model, samples = bench.source_of(net, format)
+    model, samples = bench_cases.source_of(net, format)
     command = [
         sys.executable, "-m", "edge_infer.cli", "package", str(model), "--target", f"cpu-{platform.machine()}",
         "--format", format, "--precision", precision, "--calibration", str(samples), "--name", name,
@@ -296,7 +296,7 @@ def status(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_set(bundle: Bundle) -> Path:
-    return bench.MODELS / ("test.npz" if bundle.manifest.artifact.format == "tflite" else "test_nchw.npz")
+    return bench_cases.MODELS / ("test.npz" if bundle.manifest.artifact.format == "tflite" else "test_nchw.npz")
 
 
 # -- environments ------------------------------------------------------------------------------------------------------

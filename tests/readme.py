@@ -122,7 +122,7 @@ def quickstart_table() -> str:
 def bench_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """The benchmark's result for the large float32 networks as a Markdown table."""
     rows = [
-        "| 100 MB, float32 | open | open and first answer | private memory | latency |",
+        "| 100 MB, float32 | open | open and first answer | private memory | latency, best setting |",
         "|---|---:|---:|---:|---:|",
     ]
     for case, ways in results.items():
@@ -133,9 +133,10 @@ def bench_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
             kind = {"conv100": "convolutions", "dense100": "dense layers"}[net]
             label = f"{format}, {kind}, {'plain engine' if way == 'plain' else 'edge_infer'}"
             opened = row["load_ms"] + row["first_ms"]
+            latency = row.get("best_p50_ms", row["p50_ms"])
             rows.append(
                 f"| {label} | {row['load_ms']:.1f} ms | {opened:.0f} ms | {row['private_bytes'] / 1e6:.1f} MB "
-                f"| {row['p50_ms']:.2f} ms |"
+                f"| {latency:.2f} ms |"
             )
     return "\n".join(rows) + "\n"
 
