@@ -300,3 +300,19 @@ def test_throughput_alone_keeps_nothing(bundle: Bundle, capsys: pytest.CaptureFi
     assert header.split() == ["sessions", "threads", "batch", "answers/s", "p50", "ms", "peak", "MB"]
     assert len(rows) == len(throughput.settings(throughput.default_threads(), joins=True))
     assert plan.read_pool(bundle, Store(default_root()).cache) is None
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "named"),
+    [
+        ("bench", ["--threads", "1"], "--threads"),
+        ("bench", ["--max-memory", "9"], "--max-memory"),
+        ("bench", ["--profile"], "--profile"),
+        ("tune", ["--by", "p50"], "--by"),
+    ],
+)
+def test_an_option_that_throughput_would_not_heed_is_refused(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], verb: str, options: list[str], named: str
+) -> None:
+    assert cli.main([verb, str(bundle.path), *options, "--throughput"]) == 2
+    assert f"--throughput tries its own settings, expected no {named} beside it" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 
 from edge_infer import __version__
 from edge_infer.admission import describe
-from edge_infer.errors import EXIT_DONE, EXIT_UNEXPECTED, EdgeInferError
+from edge_infer.errors import EXIT_DONE, EXIT_UNEXPECTED, EdgeInferError, UsageError
 
 
 def add_commands(commands: Any, info_name: str = "info") -> None:
@@ -51,9 +51,7 @@ def add_commands(commands: Any, info_name: str = "info") -> None:
         )
     tune = commands.add_parser("tune", help="find how a model runs fastest on this machine, and keep that")
     tune.add_argument("--max-memory", type=positive, metavar="BYTES", help="of the process, mapped files included")
-    tune.add_argument(
-        "--by", choices=("p95", "p50"), default="p95", help="what counts: slow runs (default) or the median"
-    )
+    tune.add_argument("--by", choices=("p95", "p50"), help="what counts: slow runs (default) or the median")
     tune.add_argument("--throughput", action="store_true", help="how a Pool gives the most answers a second instead")
     tune.set_defaults(call=_tune)
     for parser in (info, verify, run, predict, bench, tune):
@@ -72,6 +70,7 @@ def _bench(args: argparse.Namespace) -> Any:
     if args.pool:
         return _commands().throughput_of(args.bundle, PoolSetting(*args.pool), args.seconds)
     if args.throughput:
+        _require_alone(args, "threads", "spinning", "profile", "max_memory")
         return _commands().throughput(args.bundle, progress=_progress)
     trace = args.profile if isinstance(args.profile, Path) else None
     setting = Setting.from_row(json.loads(args.setting)) if args.setting else None
@@ -90,8 +89,16 @@ def _bench(args: argparse.Namespace) -> Any:
 
 def _tune(args: argparse.Namespace) -> Any:
     if args.throughput:
+        _require_alone(args, "max_memory", "by")
         return _commands().throughput(args.bundle, keep=True, progress=_progress)
-    return _commands().tune(args.bundle, args.max_memory, args.by, _progress)
+    return _commands().tune(args.bundle, args.max_memory, args.by or "p95", _progress)
+
+
+def _require_alone(args: argparse.Namespace, *names: str) -> None:
+    """Raise UsageError for an option that --throughput would not heed: it tries its own settings."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UsageError(f"--throughput tries its own settings, expected no --{name.replace('_', '-')} beside it")
 
 
 def _print_bench(answer: dict[str, Any]) -> None:
