@@ -16,7 +16,7 @@ from PIL import Image
 from edge_infer.cli.preprocess import parse_preprocess
 from edge_infer.convert import spec_from_json, spec_to_json
 from edge_infer.errors import BundleError, InputError, UsageError
-from edge_infer.manifest import Manifest, Preprocessing, TensorSpec, parse
+from edge_infer.manifest import Manifest, Preprocessing, TensorSpec, parse, seal
 from edge_infer.runtime.preprocess import check, decode, preprocess, resize
 from edge_infer.samples import with_preprocessing
 
@@ -351,7 +351,7 @@ def test_a_manifest_with_steps_that_mean_nothing_is_refused(plain: Manifest, row
     data = json.loads(plain.to_bytes())
     data["inputs"][0]["preprocessing"] = row
     with pytest.raises(BundleError, match=r"inputs\[0\].preprocessing"):
-        parse((json.dumps(data, sort_keys=True, indent=1) + "\n").encode())
+        parse(seal(data))
 
 
 def test_specs_travel_with_it_as_json() -> None:
