@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from edge_infer import Pool, load
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.package import Request, package
+from edge_infer.runtime.pool import _Queue, _Request
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
@@ -142,6 +146,40 @@ def test_requests_of_other_sizes_are_not_joined(tmp_path: Path, monkeypatch: pyt
         gate.open.set()
         for future, array in zip(futures, asked):
             np.testing.assert_array_equal(future.result()["y"], array + array)
+
+
+def test_a_run_that_fails_for_whatever_reason_leaves_no_request_unanswered(
+    onnx: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a caller changes an array that waits, which it must not."""
+    with Pool(onnx.path, sessions=1, threads=1, batch=4, cache_dir=tmp_path) as pool:
+        gate = Gate(monkeypatch)
+        futures = [pool.submit(images(onnx, 1))]
+        assert gate.reached.acquire(timeout=30)
+        changed = images(onnx, 1)
+        broken, sound = pool.submit(changed), pool.submit(images(onnx, 1))
+        changed.clear()
+        gate.open.set()
+        with pytest.raises(InputError, match=r"inputs named \[\]"):
+            broken.result(timeout=30)
+        assert all(future.result(timeout=30) for future in (*futures, sound))
+
+
+def test_a_request_that_does_not_fit_is_taken_by_whoever_is_idle() -> None:
+    """Though the word that it came went to the one who waited for company, and left."""
+    queue = _Queue(8)
+    first, other = (_Request({}, Future(), ((size,),)) for size in (1, 2))
+    taken: list[list[_Request]] = []
+    queue.put(first)
+    for number, most in enumerate((2, 1)):  # one for company, then one for anything
+        threading.Thread(target=lambda most=most: taken.append(queue.take(most, 60.0)), daemon=True).start()
+        while len(queue._changed._waiters) <= number:  # type: ignore[attr-defined]
+            time.sleep(0.001)
+    queue.put(other)
+    end = time.monotonic() + 30
+    while len(taken) < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    assert taken == [[first], [other]]
 
 
 # -- models that cannot ------------------------------------------------------------------------------------------------

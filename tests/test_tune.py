@@ -26,9 +26,8 @@ from edge_infer.store import Store, default_root
 @pytest.fixture
 def bundle(packaged: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
     monkeypatch.setenv("EDGE_INFER_HOME", str(tmp_path / "home"))
-    for module in (tuning, throughput):
-        monkeypatch.setattr(module, "ROUNDS", 1)
-        monkeypatch.setattr(module, "SECONDS", 0.05)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(tuning, "SECONDS", 0.05)
     return settle(packaged("torch.onnx", "onnx", "float32"))
 
 

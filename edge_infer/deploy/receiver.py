@@ -220,7 +220,8 @@ class Receiver:
     def _tune(self, release: Path) -> str:
         """What ``tune`` chose, which later loads take; or why it did not, which keeps no release from serving."""
         try:
-            return str(admission.run_child(self.python, ["tune", str(release)], TUNE_S)["chosen"])
+            tuned = admission.run_child(self.python, ["tune", str(release)], TUNE_S)
+            return str(tuned["chosen"]) if tuned["kept"] else "not tuned: the device's cache cannot be written"
         except EdgeInferError as error:
             return f"not tuned: {error}"
 

@@ -71,13 +71,13 @@ def _flat(module: Any, layers: dict[str, tuple[str, str]]) -> Any:
     for norm in [node for node in nodes(frozen.graph) if node.kind() in NORMS]:
         _fold(frozen.graph, norm, layers, names)
     torch._C._jit_pass_dce(frozen.graph)
-    return _with_buffers(frozen, _take_out(frozen, names))
+    return _declare_buffers(frozen, _take_out(frozen, names))
 
 
 def with_buffers(module: Any) -> Any:
     """The module with buffers in place of its graph's constant tensors, as a quantizer leaves weights in float."""
     try:
-        return _with_buffers(module, _take_out(module, _Names(module)))
+        return _declare_buffers(module, _take_out(module, _Names(module)))
     except ValueError:
         return module
 
@@ -280,7 +280,7 @@ def _is_weight(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= LEAST_BYTES
 
 
-def _with_buffers(frozen: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _declare_buffers(frozen: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The module with its attributes declared as buffers, which PyTorch offers only when a class is made; filled."""
     path, _, name = frozen._c._type().qualified_name().rpartition(".")
     head = re.compile(rf"(class {name}\(Module\):\n  __parameters__ = \[.*\]\n  __buffers__ = \[)(.*\]\n)".encode())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edge_infer.errors import EdgeInferError, InputError, QueueFull, SessionClosed, UsageError
+from edge_infer.errors import InputError, QueueFull, SessionClosed, UsageError
 from edge_infer.runtime import batching, cores, plan
 from edge_infer.runtime.plan import PoolSetting
 from edge_infer.runtime.session import Session, cache_of, find_bundle, load
@@ -75,6 +75,8 @@ class _Queue:
                     taken.append(self._requests.popleft())
                 elif self._closed or not self._changed.wait(end - time.monotonic()):
                     break
+            if self._requests:  # the word that they came may have been for this thread alone, which goes
+                self._changed.notify()
             return taken
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class Pool:
                 raise UsageError(f"{name}={value!r}, expected a whole number of at least 1")
         if not isinstance(wait_ms, (int, float)) or not 0 <= wait_ms <= LONGEST_WAIT_MS:
             raise UsageError(f"wait_ms={wait_ms!r}, expected milliseconds from 0 to {LONGEST_WAIT_MS}")
-        setting = _setting(source, options.get("cache_dir"), sessions, threads, batch)
+        setting = _setting(source, options, sessions, threads, batch)
         self._queue = _Queue(waiting)
         self._batch, self._wait_s = setting.batch, wait_ms / 1e3
         self.sessions: tuple[Session, ...] = ()
@@ -179,12 +181,17 @@ class Pool:
 
 
 def _setting(
-    source: str | os.PathLike[str], cache_dir: Any, sessions: int | None, threads: int | None, batch: int | None
+    source: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    sessions: int | None,
+    threads: int | None,
+    batch: int | None,
 ) -> PoolSetting:
     """What is asked for; where nothing is, what was found best here."""
     if sessions is threads is batch is None:
         bundle = find_bundle(source)
-        tuned = plan.read_pool(bundle, cache_of(bundle, cache_dir))
+        verify = "full" if options.get("verify") == "full" else "auto"
+        tuned = plan.read_pool(bundle, cache_of(bundle, options.get("cache_dir")), verify)
         if tuned:
             return tuned.setting
     sessions = sessions or 2
@@ -195,8 +202,8 @@ def _answer(session: Session, requests: Sequence[_Request]) -> None:
     if len(requests) > 1:
         try:
             answers = batching.run_joined(session, [request.inputs for request in requests])
-        except (EdgeInferError, MemoryError):
-            pass  # one of them may be at fault, so each is asked alone
+        except Exception:
+            pass  # one of them may be at fault, whatever it raised, so each is asked alone
         else:
             for request, answer in zip(requests, answers):
                 request.future.set_result(answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +16,11 @@ from edge_infer.runtime.plan import PoolMeasured, PoolSetting
 from edge_infer.runtime.pool import Pool
 from edge_infer.runtime.session import load
 from edge_infer.runtime.threads import default_threads
+from edge_infer.runtime.tuning import in_turn, median
 
 if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
 
-#: Each setting is measured so often, all in turn, and so long each time.
-ROUNDS, SECONDS = 3, 0.5
 #: Sizes of a batch that are tried where requests can be joined.
 BATCHES = (1, 4, 16)
 #: A setting with more sessions or a larger batch has to give so many times more answers: it takes more memory, and a
@@ -59,28 +57,13 @@ def choose(rows: Sequence[PoolMeasured]) -> PoolMeasured:
 
 def measure(bundle: Bundle, progress: Callable[[str], None] = lambda step: None) -> list[PoolMeasured]:
     """Time each setting in children of its own. Raises what opening the bundle raises."""
-    import statistics
-
-    from edge_infer import admission
-
-    path = str(bundle.path.absolute())
-    answers: dict[PoolSetting, list[dict[str, Any]]] = {
-        setting: [] for setting in settings(default_threads(), can_join(bundle))
-    }
-    for number in range(ROUNDS):
-        for setting, rows in answers.items():
-            progress(f"measuring {setting} ({number + 1} of {ROUNDS})")
-            sizes = [str(size) for size in (setting.sessions, setting.threads, setting.batch)]
-            arguments = ["bench", path, "--pool", *sizes, "--seconds", str(SECONDS)]
-            rows.append(admission.run_child(sys.executable, arguments))
+    tried = settings(default_threads(), can_join(bundle))
+    options = {one: ["--pool", str(one.sessions), str(one.threads), str(one.batch)] for one in tried}
     return [
         PoolMeasured(
-            setting,
-            statistics.median(row["per_second"] for row in rows),
-            statistics.median(row["p50_ms"] for row in rows),
-            max(row["peak_bytes"] for row in rows),
+            setting, median(rows, "per_second"), median(rows, "p50_ms"), max(row["peak_bytes"] for row in rows)
         )
-        for setting, rows in answers.items()
+        for setting, rows in in_turn(bundle, options, progress).items()
     ]
 
 

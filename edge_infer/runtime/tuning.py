@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
 
     Measure = Callable[[Sequence[Setting]], list[Measured]]
+
+Row = dict[str, Any]
 
 #: Each setting is measured so often, all of a step in turn, and so long each time.
 ROUNDS, SECONDS = 3, 0.5
@@ -87,23 +89,28 @@ def measure(
     bundle: Bundle, tried: Sequence[Setting], progress: Callable[[str], None] = lambda step: None
 ) -> list[Measured]:
     """Time each setting in children of its own. Raises what opening the bundle raises."""
-    import statistics  # here, since its import takes longer than opening a model
+    options = {setting: ["--setting", setting.to_json()] for setting in tried}
+    return [
+        Measured(setting, median(rows, "p50_ms"), median(rows, "p95_ms"), max(row["peak_bytes"] for row in rows))
+        for setting, rows in in_turn(bundle, options, progress).items()
+    ]
 
+
+def in_turn(bundle: Bundle, options: Mapping[Any, list[str]], progress: Callable[[str], None]) -> dict[Any, list[Row]]:
+    """What ``bench`` with each setting's options gave, in ROUNDS children that take turns with the others'."""
     from edge_infer import admission
 
     path = str(bundle.path.absolute())
-    answers: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in tried}
+    answers: dict[Any, list[Row]] = {setting: [] for setting in options}
     for number in range(ROUNDS):
         for setting, rows in answers.items():
             progress(f"measuring {setting} ({number + 1} of {ROUNDS})")
-            arguments = ["bench", path, "--setting", setting.to_json(), "--seconds", str(SECONDS)]
+            arguments = ["bench", path, *options[setting], "--seconds", str(SECONDS)]
             rows.append(admission.run_child(sys.executable, arguments))
-    return [
-        Measured(
-            setting,
-            statistics.median(row["p50_ms"] for row in rows),
-            statistics.median(row["p95_ms"] for row in rows),
-            max(row["peak_bytes"] for row in rows),
-        )
-        for setting, rows in answers.items()
-    ]
+    return answers
+
+
+def median(rows: Sequence[Row], name: str) -> float:
+    import statistics  # here, since its import takes longer than opening a model
+
+    return float(statistics.median(row[name] for row in rows))
