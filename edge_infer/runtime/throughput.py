@@ -16,7 +16,7 @@ from edge_infer.runtime.plan import PoolMeasured, PoolSetting
 from edge_infer.runtime.pool import Pool
 from edge_infer.runtime.session import load
 from edge_infer.runtime.threads import default_threads
-from edge_infer.runtime.tuning import in_turn, median
+from edge_infer.runtime.tuning import counts, in_turn, median
 
 if TYPE_CHECKING:
     from edge_infer.bundle import Bundle
@@ -30,10 +30,8 @@ WORTH = 1.05
 
 def settings(usable: int, joins: bool) -> list[PoolSetting]:
     """What is tried, the smallest first: the usable cores divided among 1, 2, 4 ... sessions."""
-    shares = [count for count in (1, 2, 4, 8, 16, 32) if count < usable] + [usable]
-    return [
-        PoolSetting(count, max(1, usable // count), batch) for batch in (BATCHES if joins else (1,)) for count in shares
-    ]
+    batches = BATCHES if joins else (1,)
+    return [PoolSetting(count, max(1, usable // count), batch) for batch in batches for count in counts(usable)]
 
 
 def can_join(bundle: Bundle) -> bool:

@@ -48,13 +48,14 @@ def tune(
 
 def thread_settings(usable: int, strong: Sequence[int] = ()) -> list[Setting]:
     """Threads on any core, and on the ``strong`` ones alone where there are such; few before many."""
-    settings = [Setting(count) for count in _counts(usable)]
+    settings = [Setting(count) for count in counts(usable)]
     if strong:
-        settings += [Setting(count, cores=tuple(strong)) for count in _counts(min(len(strong), usable))]
+        settings += [Setting(count, cores=tuple(strong)) for count in counts(min(len(strong), usable))]
     return sorted(settings, key=lambda setting: setting.threads)
 
 
-def _counts(most: int) -> list[int]:
+def counts(most: int) -> list[int]:
+    """How many threads or sessions are tried, up to ``most``: each time twice as many."""
     return [count for count in (1, 2, 4, 8, 16, 32) if count < most] + [most]
 
 
