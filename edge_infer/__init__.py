@@ -16,16 +16,23 @@ TYPE_CHECKING = False  # importing it from typing would take longer than all the
 if TYPE_CHECKING:
     from typing import Any
 
+    from edge_infer.runtime.confirmation import confirm
     from edge_infer.runtime.pool import Pool
     from edge_infer.runtime.session import Session, load
     from edge_infer.runtime.verify import verify
 
-__all__ = ["EdgeInferError", "Pool", "Session", "__version__", "load", "verify"]
+__all__ = ["EdgeInferError", "Pool", "Session", "__version__", "confirm", "load", "verify"]
 __version__ = "0.1.0"
 
 
 #: Name -> the module that has it, imported when it is asked for.
-_LAZY = {"Pool": "pool", "Session": "session", "load": "session", "verify": "verify"}
+_LAZY = {
+    "Pool": "pool",
+    "Session": "session",
+    "confirm": "confirmation",
+    "load": "session",
+    "verify": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:

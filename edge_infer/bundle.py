@@ -131,9 +131,9 @@ def verify(
 def verify_files(
     folder: Path,
     files: Mapping[str, FileEntry],
-    mode: str,
-    stamp: Optional[Path],
-    inspect: Callable[[], None],
+    mode: str = "full",
+    stamp: Optional[Path] = None,
+    inspect: Callable[[], None] = lambda: None,
 ) -> bool:
     """``verify`` for files of any folder; ``stamp`` is the file that remembers. Raises BundleError, OSError."""
     before = _stamps(folder, files)
@@ -148,7 +148,7 @@ def verify_files(
                 "damaged; package or push the model again"
             )
     inspect()
-    newest = max(max(row[3:]) for row in before.values())
+    newest = max((max(row[3:]) for row in before.values()), default=0)
     if stamp and _stamps(folder, files) == before and newest < started - SETTLED_NS:
         _write_stamp(stamp, before)
     return True

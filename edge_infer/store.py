@@ -1,10 +1,11 @@
-"""The device's releases: stage, admit, activate, roll back, collect garbage.
+"""The device's releases: stage, admit, activate, confirm, roll back, collect garbage.
 
     releases/<name>/<digest>/   immutable bundle directories
-    current/<name>              digests, one a line: the one in use, then what to go back to, newest first
+    current/<name>              the pointer: the release in use, then what to go back to (pointer.py)
+    journal/<name>              what happened, for people (journal.py)
     cache/                      what engines may keep; never required
     staging/<digest>/           a push on its way; survives an interruption so that the next push goes on
-    lock                        held while a push, a rollback or a collection runs
+    lock                        held while something changes the store; says who holds it
 
 The pointer file is replaced by a rename, so a power cut leaves the old or the new model. The store knows nothing
 of SSH. Standard library only, Python >= 3.8: a push sends this file along.
@@ -16,15 +17,34 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
+import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Collection, Dict, Iterator, List, Optional, Tuple
 
-from edge_infer.bundle import Bundle, check_listing, open_bundle, replace_file, sync_directory, sync_file, verify
+from edge_infer import journal
+from edge_infer.bundle import (
+    Bundle,
+    check_listing,
+    open_bundle,
+    read_plain_file,
+    replace_file,
+    sync_directory,
+    sync_file,
+    verify_files,
+)
 from edge_infer.errors import BundleError, DeviceError, ReleaseNotFound, UsageError
 from edge_infer.manifest import MANIFEST_NAME, PLAIN_NAME, SHA256
+from edge_infer.pointer import Pointer, parse_pointer, pending_for
 
 #: How many releases of a model are kept: the one in use and the one to go back to.
 KEEP = 2
+#: Two digests take 130 bytes; a pointer is small however many are kept.
+POINTER_MAX_BYTES = 64 * 1024
+#: What an interrupted push left is kept for so long, so that it can go on.
+STAGING_KEPT_S = 7 * 24 * 3600
+#: How often a change that waits for another tries again.
+RETRY_S = 0.1
 
 
 def default_root() -> Path:
@@ -51,39 +71,62 @@ class Store:
         folder = self.root / "current"
         return sorted(entry.name for entry in folder.iterdir() if is_model_name(entry.name)) if folder.is_dir() else []
 
-    def history(self, name: str) -> List[str]:
+    def pointer(self, name: str) -> Pointer:
+        """What holds now of ``current/<name>``: a pending release whose time is over is left out. Empty if none.
+
+        Raises UsageError for what cannot be a name, BundleError when the file is damaged.
+        """
+        return self._read_pointer(name).settled()
+
+    def digests(self, name: str) -> List[str]:
         """Digests of ``name``: the one in use first, then what a rollback goes to. Empty when there is none."""
+        return list(self.pointer(name).digests)
+
+    def _read_pointer(self, name: str) -> Pointer:
         if not is_model_name(name):
             raise UsageError(f"{name!r} is not a model name: letters, digits and ._+- only, at most 100")
+        path = self.root / "current" / name
         try:
-            lines = (self.root / "current" / name).read_text("ascii").split()
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError) as error:
-            raise BundleError(
-                f"{self.root / 'current' / name} cannot be read ({error}); push the model again"
-            ) from None
-        if not lines or not all(SHA256.match(line) for line in lines):
-            raise BundleError(f"{self.root / 'current' / name} holds no digests; push the model again")
-        return lines
+            mode = path.lstat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return Pointer(())
+        if not stat.S_ISREG(mode):
+            raise BundleError(f"{path} cannot be read (it is not a plain file); push the model again")
+        return parse_pointer(read_plain_file(path, POINTER_MAX_BYTES), path)
 
     def release(self, name: str, digest: str) -> Path:
         return self.root / "releases" / name / digest
 
     def open_current(self, name: str) -> Bundle:
-        """The bundle in use. Raises ReleaseNotFound when ``name`` has none, BundleError when it is damaged."""
-        digests = self.history(name)
+        """The bundle in use. Raises ReleaseNotFound when ``name`` has none, BundleError when it is damaged.
+
+        Goes back for good from a release that was not confirmed in time.
+        """
+        found = self._read_pointer(name)
+        if found.settled() is not found:
+            self._go_back(name)
+        digests = self.digests(name)
         while digests:
             try:
                 return self._open_release(name, digests[0])
             except (UsageError, BundleError):
                 # A push may have moved on and collected this release between our two looks.
-                latest = self.history(name)
+                latest = self.digests(name)
                 if latest[:1] == digests[:1]:
                     raise
                 digests = latest
+        if found.digests:
+            raise ReleaseNotFound(
+                f"the release {found.digests[0][:12]} of {name!r} was not confirmed in time and there is none before "
+                "it; push it again, and confirm it (edge_infer.confirm)"
+            )
         known = ", ".join(self.names()) or "none"
         raise ReleaseNotFound(f"no model {name!r} in the store {self.root} (it holds: {known}); push it first")
+
+    def _go_back(self, name: str) -> None:
+        """Write down that the time of a pending release is over; where that is impossible, it is over all the same."""
+        with contextlib.suppress(DeviceError, OSError), self.lock():
+            self.settle(name)
 
     def _open_release(self, name: str, digest: str) -> Bundle:
         path = self.release(name, digest)
@@ -95,15 +138,22 @@ class Store:
         return bundle
 
     def status(self) -> List[Dict[str, object]]:
-        """One row a model: name, version, format, precision, digest, what a rollback goes to, bytes."""
+        """One row a model: name, version, format, precision, digest, what a rollback goes to, bytes.
+
+        ``pending_s`` is there for a release that waits to be confirmed: the seconds that are left.
+        """
         rows: List[Dict[str, object]] = []
         for name in self.names():
             row: Dict[str, object] = {"name": name, "digest": "", "previous": []}
             try:
-                digests = self.history(name)
-                row.update(digest=digests[0], previous=digests[1:])
-                manifest = self._open_release(name, digests[0]).manifest
-            except BundleError as error:
+                pointer = self.pointer(name)
+                if not pointer.digests:
+                    raise ReleaseNotFound("its only release was not confirmed in time; push it again")
+                row.update(digest=pointer.digests[0], previous=list(pointer.digests[1:]))
+                if pointer.pending:
+                    row["pending_s"] = round(pointer.pending.left_s())
+                manifest = self._open_release(name, pointer.digests[0]).manifest
+            except (BundleError, ReleaseNotFound) as error:
                 row["error"] = str(error)
             else:
                 artifact = manifest.artifact
@@ -117,25 +167,51 @@ class Store:
             rows.append(row)
         return rows
 
+    def events(self, name: str) -> List[Dict[str, object]]:
+        """What happened to ``name``, oldest first; see ``journal.events``."""
+        if not is_model_name(name):
+            raise UsageError(f"{name!r} is not a model name: letters, digits and ._+- only, at most 100")
+        return journal.events(self.root / "journal" / name)
+
     # -- changing ----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store for one change; the kernel lets go of it when the process ends, however it ends."""
+    def lock(self, wait_s: float = 0.0, who: str = "") -> Iterator[None]:
+        """Hold the store for one change; the kernel lets go of it when the process ends, however it ends.
+
+        Waits ``wait_s`` seconds for another change to end. ``who`` is told to those who find it busy. Raises
+        DeviceError when it stays busy.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(str(self.root / "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(str(self.root / "lock"), flags, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                raise DeviceError(
-                    f"the store {self.root} is busy with another push or rollback; try again when it has ended"
-                ) from None
+            self._wait_for_lock(descriptor, wait_s)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, who.encode("utf-8", "replace")[:200], 0)
             yield
         finally:
             os.close(descriptor)
+
+    def _wait_for_lock(self, descriptor: int, wait_s: float) -> None:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            if time.monotonic() >= end:
+                raise DeviceError(self._busy(os.pread(descriptor, 200, 0).decode("utf-8", "replace"), wait_s))
+            time.sleep(RETRY_S)
+
+    def _busy(self, owner: str, waited_s: float) -> str:
+        busy = f"still busy after {waited_s:g} s" if waited_s else "busy"
+        return (
+            f"the store {self.root} is {busy} with {owner or 'another push or rollback'}; try again when that has "
+            "ended, or wait for it (--wait)"
+        )
 
     def staging(self, digest: str) -> Path:
         """The folder in which a push of ``digest`` gathers files; made when missing."""
@@ -143,14 +219,18 @@ class Store:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def admit(self, staged: Path, name: str, digest: str) -> Bundle:
-        """Verify the staged bundle by hash, make it durable and move it among the releases; nothing uses it yet."""
+    def admit(self, staged: Path, name: str, digest: str, hashed: Collection[str] = ()) -> Bundle:
+        """Verify the staged bundle by hash, make it durable and move it among the releases; nothing uses it yet.
+
+        ``hashed`` names files whose hash was found right while they arrived.
+        """
         bundle = open_bundle(staged)
         if bundle.digest != digest or bundle.manifest.name != name:
             raise BundleError(
                 f"{staged} holds {bundle.manifest.name} {bundle.digest[:12]}, expected {name} {digest[:12]}"
             )
-        verify(bundle, mode="full")
+        unknown = {file: entry for file, entry in bundle.manifest.files.items() if file not in hashed}
+        verify_files(staged, unknown)
         for file in [*bundle.manifest.files, MANIFEST_NAME]:
             sync_file(staged / file)
         sync_directory(staged)
@@ -169,47 +249,110 @@ class Store:
         if not path.is_dir():
             return False
         try:
-            bundle = self._open_release(name, digest)
-            verify(bundle, mode="full")
+            verify_files(path, self._open_release(name, digest).manifest.files)
         except (BundleError, OSError):
             return False
         return True
 
-    def activate(self, name: str, digest: str) -> None:
-        """Make a release the one in use. The step that a power cut leaves done or not done."""
+    def activate(
+        self, name: str, digest: str, keep: int = KEEP, confirm_within_s: Optional[float] = None, who: str = ""
+    ) -> None:
+        """Make a release the one in use. The step that a power cut leaves done or not done.
+
+        ``keep``: how many releases of the model are kept, this one included. ``confirm_within_s``: it is in use on
+        trial until ``confirm``, for so many seconds. The release in use already is not put on trial again.
+        """
         check_listing(self.release(name, digest), open_bundle(self.release(name, digest)).manifest)
         try:
-            older = [other for other in self.history(name) if other != digest]
+            before = self.pointer(name)
         except BundleError:
-            older = []  # a damaged pointer is mended by pushing again, as its error says
-        self._point(name, [digest, *older][:KEEP])
+            before = Pointer(())  # a damaged pointer is mended by pushing again, as its error says
+        # Nobody goes back to a release that was itself still on trial.
+        older = [other for other in before.digests[1 if before.pending else 0 :] if other != digest]
+        trial = confirm_within_s is not None and (before.digests[:1] != (digest,) or before.pending is not None)
+        pending = pending_for(confirm_within_s) if trial and confirm_within_s is not None else None
+        self._point(name, Pointer((digest, *older)[: max(1, keep)], pending))
+        self.note(name, "on trial" if pending else "activated", digest, who=who)
 
-    def rollback(self, name: str) -> str:
-        """Go back to the release before; returns its digest. Raises ReleaseNotFound when there is none."""
-        digests = self.history(name)
+    def confirm(self, name: str, digest: Optional[str] = None, who: str = "") -> str:
+        """Keep the release in use, which was on trial; gives its digest. ``digest``: it must be that one.
+
+        Raises ReleaseNotFound when it is not in use, or no more.
+        """
+        found = self._read_pointer(name)
+        now = found.settled()
+        if not now.digests or now.digests[0] != (digest or found.digests[0]):
+            what = f"the release {(digest or found.digests[0])[:12]}" if found.digests else "any release"
+            raise ReleaseNotFound(
+                f"{what} of {name!r} cannot be confirmed: {self._serving(now)}; its time may be over, push it again"
+            )
+        if now.pending:
+            self._point(name, Pointer(now.digests))
+            self.note(name, "confirmed", now.digests[0], who=who)
+        return now.digests[0]
+
+    def settle(self, name: str) -> None:
+        """Go back for good where the time of a pending release is over."""
+        found = self._read_pointer(name)
+        now = found.settled()
+        if now is not found:
+            self._point(name, now)
+            self.note(name, "not confirmed", found.digests[0], self._serving(now))
+
+    def reject(self, name: str, digest: str, reason: str) -> None:
+        """Go back at once from a release on trial."""
+        found = self._read_pointer(name)
+        if found.pending and found.digests[0] == digest:
+            self._point(name, Pointer(found.digests[1:]))
+        self.note(name, "refused", digest, reason)
+
+    def _serving(self, pointer: Pointer) -> str:
+        return f"the release {pointer.digests[0][:12]} is in use" if pointer.digests else "none is in use"
+
+    def rollback(self, name: str, digest: Optional[str] = None, who: str = "") -> str:
+        """Go back to the release before, or to ``digest``; gives the digest in use then. Raises ReleaseNotFound."""
+        digests = self.digests(name)
         if len(digests) < 2:
             what = "has only the release in use" if digests else "is not in this store"
             raise ReleaseNotFound(f"cannot roll back: {name!r} {what} ({self.root})")
-        verify(self._open_release(name, digests[1]), mode="full")
-        self._point(name, digests[1:])
-        return digests[1]
+        older = [known for known in digests[1:] if known.startswith(digest or "")]
+        if not older:
+            kept = ", ".join(known[:12] for known in digests[1:])
+            raise ReleaseNotFound(f"cannot roll back: {name!r} has no older release {digest}, only {kept}")
+        path = self.release(name, older[0])
+        verify_files(path, self._open_release(name, older[0]).manifest.files)
+        self._point(name, Pointer(tuple(digests[digests.index(older[0]) :])))
+        self.note(name, "rolled back", older[0], who=who)
+        return older[0]
+
+    def keep_only(self, name: str, keep: int) -> None:
+        """Forget all but the ``keep`` newest releases of ``name``; ``collect`` then removes them."""
+        self.settle(name)
+        found = self._read_pointer(name)
+        if len(found.digests) > max(1, keep):
+            self._point(name, Pointer(found.digests[: max(1, keep)], found.pending))
+
+    def note(self, name: str, event: str, digest: str, reason: str = "", who: str = "") -> None:
+        """Add to the journal of ``name``."""
+        journal.note(self.root / "journal" / name, event, digest, reason, who)
 
     def discard(self, name: str, digest: str) -> None:
         """Remove a release unless it is in use or kept to go back to."""
-        if digest not in self.history(name):
+        if digest not in self.digests(name):
             self._remove(self.release(name, digest))
 
-    def collect(self) -> int:
+    def collect(self, all_staging: bool = False, spare: str = "") -> int:
         """Remove what nothing refers to: old releases, staging left behind, stamps. Returns the bytes freed.
 
+        What a push left behind stays for a week, or goes with ``all_staging`` but for that of the digest ``spare``.
         Of a model whose pointer is damaged every release is kept: nobody knows which one it means.
         """
         freed = 0
-        kept = {(name, digest) for name in self.names() for digest in self._referred(name)}
+        kept = set(self._kept())
         for path in sorted((self.root / "releases").glob("*/*")):
             if (path.parent.name, path.name) not in kept:
                 freed += self._remove(path)
-        for path in sorted((self.root / "staging").glob("*")):
+        for path in self._left_behind(all_staging, spare):
             freed += self._remove(path)
         for path in sorted((self.root / "current").glob(".*")):
             freed += self._remove(path)  # a pointer whose writer died before the rename
@@ -219,16 +362,37 @@ class Store:
                 freed += self._remove(path)
         return freed
 
-    def _referred(self, name: str) -> List[str]:
-        try:
-            return self.history(name)
-        except BundleError:
-            return [path.name for path in (self.root / "releases" / name).glob("*")]
+    def reclaimable_bytes(self, spare: str) -> int:
+        """What ``collect(all_staging=True, spare=spare)`` would free at least."""
+        return sum(_size_of(path) for path in self._left_behind(True, spare))
 
-    def _point(self, name: str, digests: List[str]) -> None:
+    def _left_behind(self, all_staging: bool, spare: str) -> List[Path]:
+        """What lies in ``staging`` and is to be collected."""
+        oldest = time.time() - STAGING_KEPT_S
+        found = []
+        for path in sorted((self.root / "staging").glob("*")):
+            fresh = bool(SHA256.match(path.name)) and path.lstat().st_mtime > oldest
+            if path.name != spare if all_staging else not fresh:
+                found.append(path)
+        return found
+
+    def _kept(self) -> Iterator[Tuple[str, str]]:
+        for name in self.names():
+            try:
+                digests = list(self._read_pointer(name).digests)
+            except BundleError:
+                digests = [path.name for path in (self.root / "releases" / name).glob("*")]
+            yield from ((name, digest) for digest in digests)
+
+    def _point(self, name: str, pointer: Pointer) -> None:
+        """Replace the pointer of ``name``; an empty one is removed."""
         folder = self.root / "current"
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / name, ("\n".join(digests) + "\n").encode("ascii"))
+        if pointer.digests:
+            replace_file(folder / name, pointer.to_bytes())
+        else:
+            (folder / name).unlink()
+            sync_directory(folder)
         sync_directory(self.root)
 
     def _remove(self, path: Path) -> int:
@@ -241,7 +405,7 @@ class Store:
                 return 0  # a session that takes no lock renamed its stamp meanwhile
             return size
         doomed = self._doomed(path)
-        size = sum(file.lstat().st_size for file in doomed.rglob("*") if file.is_file())
+        size = _size_of(doomed)
         _remove_folder(doomed)
         return size
 
@@ -254,6 +418,12 @@ class Store:
         if path != target:
             path.rename(target)
         return target
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.lstat().st_size for file in files if file.is_file())
 
 
 def _remove_folder(path: Path) -> None:

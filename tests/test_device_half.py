@@ -25,7 +25,20 @@ LIBRARIES = {"tflite": "ai_edge_litert", "onnx": "onnxruntime"}
 SOURCES = {"tflite": "keras.keras", "onnx": "torch.onnx", "torchscript": "torch_script.pt"}
 
 #: What a push sends to devices with nothing installed.
-SENT = ["errors", "records", "manifest", "bundle", "store", "admission", "deploy/receiver"]
+SENT = [
+    "errors",
+    "records",
+    "manifest",
+    "bundle",
+    "pointer",
+    "journal",
+    "store",
+    "admission",
+    "deploy/device",
+    "deploy/incoming",
+    "deploy/trial",
+    "deploy/receiver",
+]
 
 
 # -- sent along: Python 3.8, standard library --------------------------------------------------------------------
@@ -163,7 +176,7 @@ def test_no_host_module_or_other_framework_is_imported_to_run_a_bundle(
     own = {"tflite": "ai_edge_litert", "onnx": "onnxruntime", "torchscript": "torch"}[format]
     assert frameworks & {name.split(".")[0] for name in names} == {own}
     modules = {name for name in names if name.startswith("edge_infer.")}
-    allowed = {"errors", "records", "manifest", "bundle", "store", "runtime", "admission"}
+    allowed = {"errors", "records", "manifest", "bundle", "pointer", "journal", "store", "runtime", "admission"}
     assert {name.split(".")[1] for name in modules} <= allowed
     parts = {"tflite": {"tflite", "litert", "litert_library"}, "onnx": {"onnx", "onnx_providers"}}.get(format, {format})
     assert {name.rpartition(".")[2] for name in modules if ".engines." in name} == parts

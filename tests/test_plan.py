@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_infer import errors
-from edge_infer.deploy.plan import make_plan
+from edge_infer.deploy.plan import Wish, make_plan
 from edge_infer.manifest import Artifact, FileEntry, Golden, Manifest, Requirement, TargetFacts, TensorSpec
 
 PLANS = sorted((Path(__file__).parent / "data" / "plans").glob("*.json"))
@@ -50,20 +50,21 @@ FACTS = {
     "python": "3.11",
     "packages": {"edge-infer": "0.1.0", "onnxruntime": "1.20.1"},
 }
-ANSWER = {"present": False, "have": {}, "copies": [], "current": []}
+ANSWER = {"present": False, "have": {}, "copies": [], "releases": [], "reclaimable_bytes": 0}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plan(path: Path) -> None:
     case = json.loads(path.read_text())
     answer = {**ANSWER, **case.get("answer", {}), "facts": {**FACTS, **case.get("facts", {})}}
+    asked = (MANIFEST, DIGEST, answer, case.get("starts", {}), Wish(**case.get("wish", {})))
     if "refused" in case:
         with pytest.raises(getattr(errors, case["type"])) as caught:
-            make_plan(MANIFEST, DIGEST, answer)
+            make_plan(*asked)
         assert str(caught.value) == case["refused"]
         assert caught.value.exit_status == 5
     else:
-        assert [str(step) for step in make_plan(MANIFEST, DIGEST, answer)] == case["expect"]
+        assert [str(step) for step in make_plan(*asked)] == case["expect"]
 
 
 def test_there_are_plans() -> None:

@@ -7,9 +7,11 @@ import dataclasses
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +20,18 @@ import pytest
 from conftest import SOURCES
 from sshd import SshServer
 
+import edge_infer
 from edge_infer.bundle import Bundle, describe_files, open_bundle, write_bundle
 from edge_infer.cli import main
-from edge_infer.deploy.conversation import Conversation, open_transport
+from edge_infer.deploy import conversation
+from edge_infer.deploy.conversation import Conversation, open_transport, payload
+from edge_infer.deploy.incoming import PIECE_BYTES
 from edge_infer.deploy.local import LocalTransport
-from edge_infer.deploy.push import push, rollback, status
+from edge_infer.deploy.plan import Wish
+from edge_infer.deploy.push import confirm, push, rollback, status
 from edge_infer.deploy.receiver import Receiver
 from edge_infer.deploy.transport import Transport
-from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, SelfTestFailed
+from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, ReleaseNotFound, SelfTestFailed
 from edge_infer.runtime import plan
 from edge_infer.runtime.arrays import write_npz
 from edge_infer.runtime.session import load
@@ -49,7 +55,8 @@ class Device:
 
     def push(self, bundle: Bundle, **options: object) -> object:
         with contextlib.closing(self.transport()) as transport:
-            return push(bundle, transport, python=PYTHON, **options)  # type: ignore[arg-type]
+            wish = {name: options.pop(name) for name in list(options) if name not in ("dry_run", "progress")}
+            return push(bundle, transport, Wish(**{"python": PYTHON, **wish}), **options)  # type: ignore[arg-type]
 
     def answer(self, name: str, image: np.ndarray) -> np.ndarray:
         with load(self.current(name).path) as session:
@@ -99,6 +106,27 @@ def rewritten(bundle: Bundle, folder: Path, **changes: object) -> Bundle:
     manifest = dataclasses.replace(bundle.manifest, **changes)  # type: ignore[arg-type]
     manifest = dataclasses.replace(manifest, files=describe_files(copy, list(manifest.files)))
     return write_bundle(manifest, copy, folder / "rewritten.edge")
+
+
+def beginning(bundle: Bundle) -> dict[str, object]:
+    """The first request of a push."""
+    return {"manifest": bundle.manifest.to_bytes().decode(), "python": PYTHON, "who": "the tests", "wait_s": 0}
+
+
+#: The last one.
+FINISH = {"timeout_s": 60, "tune": False, "keep": 2, "confirm_within_s": None, "health": None}
+
+
+def with_attachment(bundle: Bundle, folder: Path, size: int) -> Bundle:
+    """The same model beside a file of random bytes."""
+    copy = folder / "attached"
+    shutil.copytree(bundle.path, copy)
+    (copy / "manifest.json").unlink()
+    (copy / "extra.bin").write_bytes(random.Random(5).randbytes(size))
+    names = [*bundle.manifest.files, "extra.bin"]
+    return write_bundle(
+        dataclasses.replace(bundle.manifest, files=describe_files(copy, names)), copy, folder / "a.edge"
+    )
 
 
 def with_wrong_answers(bundle: Bundle, folder: Path) -> Bundle:
@@ -201,27 +229,46 @@ def test_an_interrupted_push_goes_on_where_it_stopped(device, onnx):
     cut = max(entry.size for entry in onnx.manifest.files.values()) // 2
     largest = max(onnx.manifest.files, key=lambda name: onnx.manifest.files[name].size)
     with contextlib.closing(device.transport()) as transport, Conversation(transport) as conversation:
-        conversation.ask("begin", manifest=onnx.manifest.to_bytes().decode(), python=PYTHON)
+        conversation.ask("begin", **beginning(onnx))
         data = onnx.file(largest).read_bytes()
         conversation.send("file", name=largest, offset=0, size=len(data))
         conversation._write(data[:cut])
         conversation._process.close_input()
         with pytest.raises(DeviceError, match="middle of a file"):
-            conversation.ask("finish")
+            conversation.ask("finish", **FINISH)
     pushed = device.push(onnx)
     step = next(step for step in pushed.steps if step.subject == largest)
     assert (step.offset, pushed.sent_bytes) == (cut, onnx.manifest.size - cut)
     assert device.current("digits").digest == onnx.digest
 
 
-def test_a_damaged_partial_file_is_found_and_the_next_push_starts_anew(local, onnx):
-    staged = local.store / "staging" / onnx.digest
+def test_of_a_damaged_partial_file_the_sound_pieces_are_kept(local, onnx, tmp_path):
+    large = with_attachment(onnx, tmp_path, 3 * PIECE_BYTES + 1000)
+    data = bytearray(large.file("extra.bin").read_bytes())
+    data[PIECE_BYTES + 5] ^= 1
+    staged = local.store / "staging" / large.digest
     staged.mkdir(parents=True)
-    (staged / "weights.bin").write_bytes(b"\xff" * 1000)
-    with pytest.raises(DeviceError, match=r"weights\.bin has SHA-256"):
-        local.push(onnx)
-    assert not staged.exists() and Store(local.store).names() == []
-    assert local.push(onnx).sent_bytes == onnx.manifest.size
+    (staged / "extra.bin").write_bytes(data[:-500])
+    pushed = local.push(large)
+    step = next(step for step in pushed.steps if step.subject == "extra.bin")
+    assert (step.offset, pushed.sent_bytes) == (PIECE_BYTES, large.manifest.size - PIECE_BYTES)
+    assert local.current("digits").digest == large.digest
+
+
+def test_a_whole_file_that_was_staged_and_then_damaged_is_sent_again(local, onnx, tmp_path):
+    """The hash is looked at once more before the bundle is admitted, whatever the pieces said."""
+    with contextlib.closing(local.transport()) as transport, Conversation(transport) as conversation:
+        conversation.ask("begin", **beginning(onnx))
+        for name in onnx.manifest.files:
+            conversation.send_file(name, onnx.file(name), 0)
+        conversation.end()
+    (local.store / "staging" / onnx.digest / "weights.bin").write_bytes(bytes(onnx.manifest.files["weights.bin"].size))
+    with contextlib.closing(local.transport()) as transport, Conversation(transport) as conversation:
+        conversation.ask("begin", **beginning(onnx))
+        with pytest.raises(DeviceError, match=r"weights\.bin has SHA-256"):
+            conversation.ask("finish", **FINISH)
+    pushed = local.push(onnx)
+    assert pushed.sent_bytes == onnx.manifest.files["weights.bin"].size
 
 
 def test_a_damaged_release_on_the_device_is_sent_again(local, onnx):
@@ -261,26 +308,20 @@ def test_a_bundle_for_another_processor_is_refused_before_a_byte_is_sent(local, 
 
 def test_a_missing_engine_is_named_with_the_pip_command(local, onnx, device_python):
     python = device_python("tflite")
-    with contextlib.closing(local.transport()) as transport, pytest.raises(EngineMissing) as caught:
-        push(onnx, transport, python=str(python))
+    with pytest.raises(EngineMissing) as caught:
+        local.push(onnx, python=str(python))
     assert "onnxruntime>=" in str(caught.value) and f"{python} -m pip install 'edge-infer[onnx]'" in str(caught.value)
     assert not (local.store / "staging").exists()
 
 
 def test_a_python_without_edge_infer_is_named_with_the_pip_command(local, onnx):
-    with (
-        contextlib.closing(local.transport()) as transport,
-        pytest.raises(EngineMissing, match="pip install 'edge-infer"),
-    ):
-        push(onnx, transport, python="/usr/bin/python3")
+    with pytest.raises(EngineMissing, match="pip install 'edge-infer"):
+        local.push(onnx, python="/usr/bin/python3")
 
 
 def test_a_python_that_is_not_there(local, onnx):
-    with (
-        contextlib.closing(local.transport()) as transport,
-        pytest.raises(DeviceError, match="cannot start /no/python"),
-    ):
-        push(onnx, transport, python="/no/python")
+    with pytest.raises(DeviceError, match="cannot start /no/python"):
+        local.push(onnx, python="/no/python")
 
 
 def test_a_damaged_bundle_never_leaves_the_host(local, onnx, tmp_path):
@@ -295,9 +336,11 @@ def test_a_damaged_bundle_never_leaves_the_host(local, onnx, tmp_path):
 
 def test_two_pushes_at_once(local, onnx, onnx_int8):
     with contextlib.closing(local.transport()) as transport, Conversation(transport) as first:
-        first.ask("begin", manifest=onnx.manifest.to_bytes().decode(), python=PYTHON)
-        with pytest.raises(DeviceError, match="busy with another push"):
+        first.ask("begin", **beginning(onnx))
+        with pytest.raises(DeviceError, match="busy with a push of digits by the tests; try again"):
             local.push(onnx_int8)
+        with pytest.raises(DeviceError, match=r"still busy after 0.2 s with a push of digits"):
+            local.push(onnx_int8, wait_s=0.2)
     assert local.push(onnx_int8).digest == onnx_int8.digest
 
 
@@ -337,6 +380,83 @@ def test_a_disk_that_fills_up_during_the_push(tmp_path, onnx, onnx_int8):
         assert device.current("digits").digest == onnx.digest
         (tmp_path / "disk" / "filler").unlink()
         assert device.push(onnx_int8).digest == onnx_int8.digest
+
+
+# -- a release on trial ------------------------------------------------------------------------------------------------
+
+
+def test_a_release_on_trial_stays_when_the_application_confirms_it(device, onnx, onnx_int8, monkeypatch):
+    device.push(onnx)
+    pushed = device.push(onnx_int8, confirm_within_s=60)
+    assert 50 <= pushed.pending_s <= 61
+    monkeypatch.setenv("EDGE_INFER_HOME", str(device.store))
+    with load("digits") as session:
+        assert edge_infer.confirm(session) == onnx_int8.digest
+    assert Store(device.store).pointer("digits").pending is None
+    assert edge_infer.confirm("digits") == onnx_int8.digest
+
+
+def test_a_session_of_the_release_before_confirms_nothing(device, onnx, onnx_int8, monkeypatch):
+    device.push(onnx)
+    monkeypatch.setenv("EDGE_INFER_HOME", str(device.store))
+    with load("digits") as session:
+        device.push(onnx_int8, confirm_within_s=60)
+        with pytest.raises(ReleaseNotFound, match=f"{onnx.digest[:12]} of 'digits' cannot be confirmed"):
+            edge_infer.confirm(session)
+
+
+def test_the_host_confirms_and_the_device_goes_back_by_itself(device, onnx, onnx_int8, monkeypatch):
+    device.push(onnx)
+    device.push(onnx_int8, confirm_within_s=60)
+    with contextlib.closing(device.transport()) as transport:
+        assert confirm(transport, "digits") == onnx_int8.digest
+    device.push(onnx, confirm_within_s=0.01)
+    time.sleep(1.1)  # deadlines are whole seconds
+    assert device.current("digits").digest == onnx_int8.digest
+    with pytest.raises(ReleaseNotFound, match="cannot be confirmed"):
+        Store(device.store).confirm("digits", onnx.digest)
+    assert [row["event"] for row in Store(device.store).events("digits")][-2:] == ["on trial", "not confirmed"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("false", "status 1"), ("echo no answer; exit 3", "status 3: no answer"), ("sleep 60", "it still ran")],
+)
+def test_a_health_command_that_does_not_pass_brings_the_old_model_back(device, onnx, onnx_int8, command, words):
+    device.push(onnx)
+    with pytest.raises(SelfTestFailed, match=f"in time: {words}; the release {onnx.digest[:12]} is in use again"):
+        device.push(onnx_int8, health=command, confirm_within_s=1)
+    assert device.current("digits").digest == onnx.digest
+    assert not Store(device.store).release("digits", onnx_int8.digest).exists()
+    assert Store(device.store).events("digits")[-1]["event"] == "refused"
+
+
+def test_a_health_command_that_passes_confirms(device, onnx, onnx_int8, tmp_path):
+    device.push(onnx)
+    # The second try passes; what it leaves running holds nothing up.
+    flag = tmp_path / "flag"
+    command = f'sleep 30 & [ "$EDGE_INFER_MODEL" = digits ] && [ -e {flag} ] || {{ touch {flag}; exit 1; }}'
+    pushed = device.push(onnx_int8, health=command)
+    assert pushed.pending_s is None and device.current("digits").digest == onnx_int8.digest
+    assert Store(device.store).pointer("digits").pending is None
+    assert Store(device.store).events("digits")[-1]["who"] == "the health command"
+
+
+def test_the_application_may_confirm_while_the_health_command_runs(device, onnx):
+    command = f"{PYTHON} -c 'import edge_infer; edge_infer.confirm(\"digits\")'; exit 1"
+    pushed = device.push(onnx, health=command)
+    assert pushed.pending_s is None and device.current("digits").digest == onnx.digest
+
+
+def test_a_host_that_says_nothing_lets_go_of_the_store(local, onnx, monkeypatch):
+    program = payload().replace(b"SILENCE_S = 120.0", b"SILENCE_S = 0.5").split(b"\n", 1)[1]
+    monkeypatch.setattr(conversation, "payload", lambda: b"%d\n" % len(program) + program)
+    with contextlib.closing(local.transport()) as transport, Conversation(transport) as silent:
+        silent.ask("begin", **beginning(onnx))
+        monkeypatch.undo()
+        assert local.push(onnx, wait_s=20).digest == onnx.digest
+        with pytest.raises(DeviceError, match=r"said nothing for 0\.5 s"):
+            silent.ask("finish", **FINISH)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -419,7 +539,9 @@ def test_a_device_that_cannot_run_the_receiver(tmp_path, onnx, capsys, shell, wo
 
 def converse(store: Path, manifest: str | None, *lines: object) -> list[dict]:
     """What the receiver answers to these requests; bytes are sent as they are."""
-    first = [] if manifest is None else [{"op": "begin", "store": str(store), "manifest": manifest, "python": PYTHON}]
+    first = (
+        [] if manifest is None else [{"op": "begin", "manifest": manifest, "who": "x", "wait_s": 0, "python": PYTHON}]
+    )
     sent = b"".join(
         line if isinstance(line, bytes) else json.dumps({"store": str(store), **line}).encode() + b"\n"  # type: ignore[dict-item]
         for line in [*first, *lines]
@@ -440,7 +562,12 @@ def converse(store: Path, manifest: str | None, *lines: object) -> list[dict]:
         {"op": "file", "name": "weights.bin", "offset": "x", "size": 3},
         {"op": "file"},
         {"op": "finish"},
+        {"op": "finish", **FINISH, "keep": "2"},
+        {"op": "finish", **FINISH, "timeout_s": float("nan")},
+        {"op": "finish", **FINISH, "confirm_within_s": 1e9},
         {"op": "explode"},
+        {"op": "status"},
+        {"op": "begin"},
         b"not json\n",
         b"[]\n",
         b'{"op": "file", "name": "weights.bin", "offset": 0, "size": 9}\nabc',

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import pytest
 from handmade import FILES, make_bundle
 
 from edge_infer import bundle as bundles
+from edge_infer import pointer
 from edge_infer.bundle import Bundle
 from edge_infer.errors import BundleError, DeviceError, ReleaseNotFound, UsageError
 from edge_infer.manifest import MANIFEST_NAME, Manifest
-from edge_infer.store import Store, default_root, is_model_name, store_of
+from edge_infer.pointer import parse_pointer
+from edge_infer.store import STAGING_KEPT_S, Store, default_root, is_model_name, store_of
 
 Make = Callable[..., Bundle]
 ABSENT = "0" * 64
@@ -70,7 +74,7 @@ def spoil(path: Path) -> None:
 
 
 def test_an_empty_store_says_so(store: Store) -> None:
-    assert (store.names(), store.status(), store.history("tiny")) == ([], [], [])
+    assert (store.names(), store.status(), store.digests("tiny")) == ([], [], [])
     with pytest.raises(ReleaseNotFound, match=r"no model 'tiny' .* \(it holds: none\); push it first"):
         store.open_current("tiny")
     assert not store.root.exists()
@@ -99,27 +103,27 @@ def test_status_has_one_row_a_model(store: Store, make: Make) -> None:
 
 def test_the_release_in_use_and_the_one_before_are_kept(store: Store, make: Make) -> None:
     digests = [push(store, make(number)) for number in range(4)]
-    assert store.history("tiny") == [digests[3], digests[2]]
+    assert store.digests("tiny") == [digests[3], digests[2]]
     assert releases(store) == {digests[3], digests[2]}
 
 
 def test_activating_the_release_in_use_again_keeps_the_one_before(store: Store, make: Make) -> None:
     one, two = push(store, make(1)), push(store, make(2))
     store.activate("tiny", two)
-    assert store.history("tiny") == [two, one]
+    assert store.digests("tiny") == [two, one]
 
 
 def test_activating_the_release_before_swaps_the_two(store: Store, make: Make) -> None:
     one, two = push(store, make(1)), push(store, make(2))
     store.activate("tiny", one)
-    assert store.history("tiny") == [one, two]
+    assert store.digests("tiny") == [one, two]
 
 
 def test_a_release_that_is_not_there_cannot_be_activated(store: Store, make: Make) -> None:
     one = push(store, make(1))
     with pytest.raises(UsageError):
         store.activate("tiny", ABSENT)
-    assert store.history("tiny") == [one]
+    assert store.digests("tiny") == [one]
 
 
 def test_an_incomplete_release_cannot_be_activated(store: Store, make: Make) -> None:
@@ -127,7 +131,7 @@ def test_an_incomplete_release_cannot_be_activated(store: Store, make: Make) -> 
     (store.release("tiny", two) / "labels.txt").unlink()
     with pytest.raises(BundleError, match=r"lacks 'labels\.txt'"):
         store.activate("tiny", two)
-    assert store.history("tiny") == [one]
+    assert store.digests("tiny") == [one]
 
 
 def test_rollback_goes_back_once(store: Store, make: Make) -> None:
@@ -137,7 +141,7 @@ def test_rollback_goes_back_once(store: Store, make: Make) -> None:
     assert store.open_current("tiny").digest == one
     with pytest.raises(ReleaseNotFound, match="has only the release in use"):
         store.rollback("tiny")
-    assert store.history("tiny") == [one]
+    assert store.digests("tiny") == [one]
 
 
 def test_rollback_of_an_unknown_model_is_refused(store: Store) -> None:
@@ -150,7 +154,7 @@ def test_rollback_to_a_damaged_release_is_refused(store: Store, make: Make) -> N
     spoil(store.release("tiny", one) / "model.tflite")
     with pytest.raises(BundleError, match="damaged"):
         store.rollback("tiny")
-    assert store.history("tiny") == [two, one]
+    assert store.digests("tiny") == [two, one]
 
 
 def test_a_push_after_a_rollback_drops_the_release_rolled_back(store: Store, make: Make) -> None:
@@ -158,7 +162,7 @@ def test_a_push_after_a_rollback_drops_the_release_rolled_back(store: Store, mak
     push(store, make(2))
     store.rollback("tiny")
     three = push(store, make(3))
-    assert store.history("tiny") == [three, one]
+    assert store.digests("tiny") == [three, one]
     assert releases(store) == {one, three}
 
 
@@ -213,13 +217,175 @@ def test_collect_removes_what_nothing_refers_to_and_nothing_else(store: Store, m
     (store.root / "current" / ".tiny.half").write_bytes(b"123")
     (store.root / "venv").mkdir()
     size = sum(file.stat().st_size for file in store.release("tiny", unused).iterdir())
-    assert store.collect() == 2 * size + 10 + 3
+    assert store.collect() == size + 10 + 3
     assert releases(store) == {one, two}
     assert {path.name for path in store.cache.iterdir()} == {f"{one}.verified", f"{two}.verified"}
     assert [path.name for path in (store.root / "current").iterdir()] == ["tiny"]
-    assert list((store.root / "staging").iterdir()) == []
+    assert [path.name for path in (store.root / "staging").iterdir()] == [bundle.digest]
     assert (store.root / "venv").is_dir()
     assert store.collect() == 0
+
+
+def test_what_an_interrupted_push_left_stays_for_a_week_or_until_the_space_is_needed(store: Store, make: Make) -> None:
+    push(store, make(1))
+    fresh, old, other = ("f" * 64, "0" * 64, "1" * 64)
+    for digest in (fresh, old, other):
+        (store.staging(digest) / "weights.bin").write_bytes(b"12345")
+    week_ago = time.time() - STAGING_KEPT_S - 60
+    os.utime(store.root / "staging" / old, (week_ago, week_ago))
+    assert store.reclaimable_bytes(spare=fresh) == 10
+    assert store.collect() == 5
+    assert store.collect(all_staging=True, spare=fresh) == 5
+    assert [path.name for path in (store.root / "staging").iterdir()] == [fresh]
+
+
+# -- a release on trial ------------------------------------------------------------------------------------------
+
+
+def try_out(store: Store, bundle: Bundle, seconds: float = 60) -> str:
+    """Push on trial."""
+    digest = admit(store, bundle)
+    with store.lock():
+        store.activate("tiny", digest, confirm_within_s=seconds)
+    return digest
+
+
+def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    monkeypatch.setattr(pointer, "_since_boot_s", lambda: now + seconds)
+
+
+def test_a_release_on_trial_is_in_use_until_its_time_is_over(store: Store, make: Make, monkeypatch) -> None:
+    one = push(store, make(1))
+    two = try_out(store, make(2))
+    assert store.open_current("tiny").digest == two
+    assert 0 < store.status()[0]["pending_s"] <= 61
+    later(monkeypatch, 62)
+    assert store.digests("tiny") == [one]
+    assert store.open_current("tiny").digest == one
+    assert (store.root / "current" / "tiny").read_text() == f"{one}\n"  # written down by the load
+    assert [row["event"] for row in store.events("tiny")] == ["activated", "on trial", "not confirmed"]
+
+
+def test_a_confirmed_release_stays(store: Store, make: Make, monkeypatch) -> None:
+    one = push(store, make(1))
+    two = try_out(store, make(2))
+    assert store.confirm("tiny") == store.confirm("tiny", two) == two
+    later(monkeypatch, 62)
+    assert store.digests("tiny") == [two, one]
+    assert "pending_s" not in store.status()[0]
+
+
+def test_a_release_is_not_confirmed_when_its_time_is_over_or_another_is_in_use(store, make, monkeypatch) -> None:
+    one = push(store, make(1))
+    two = try_out(store, make(2))
+    with pytest.raises(ReleaseNotFound, match=f"{one[:12]} of 'tiny' cannot be confirmed: the release {two[:12]}"):
+        store.confirm("tiny", one)
+    later(monkeypatch, 62)
+    with pytest.raises(ReleaseNotFound, match="its time may be over"):
+        store.confirm("tiny")
+    with pytest.raises(ReleaseNotFound, match="none is in use"):
+        store.confirm("other")
+
+
+def test_a_reboot_ends_a_trial(store: Store, make: Make, monkeypatch) -> None:
+    one = push(store, make(1))
+    try_out(store, make(2))
+    monkeypatch.setattr(pointer, "_boot", lambda: "another")
+    assert store.open_current("tiny").digest == one
+
+
+def test_a_first_release_on_trial_leaves_nothing_when_it_is_not_confirmed(store, make, monkeypatch) -> None:
+    digest = try_out(store, make(1))
+    later(monkeypatch, 62)
+    assert "not confirmed in time" in str(store.status()[0]["error"])
+    with pytest.raises(ReleaseNotFound, match="not confirmed in time and there is none before"):
+        store.open_current("tiny")
+    assert store.names() == []
+    with store.lock():
+        store.collect()
+    assert not store.release("tiny", digest).exists()
+
+
+def test_a_push_over_a_trial_goes_back_to_the_one_before_both(store: Store, make: Make) -> None:
+    one = push(store, make(1))
+    try_out(store, make(2))
+    three = push(store, make(3))
+    assert store.digests("tiny") == [three, one]
+
+
+def test_the_release_in_use_is_not_put_on_trial_and_one_on_trial_gets_new_time(store: Store, make: Make) -> None:
+    first, second = make(1), make(2)
+    one = push(store, first)
+    try_out(store, first)
+    assert store.pointer("tiny").pending is None
+    try_out(store, second, 60)
+    try_out(store, second, 600)
+    pending = store.pointer("tiny").pending
+    assert pending is not None and pending.left_s() > 500 and store.digests("tiny")[1:] == [one]
+
+
+def test_rejecting_goes_back_at_once(store: Store, make: Make) -> None:
+    one = push(store, make(1))
+    two = try_out(store, make(2))
+    store.reject("tiny", two, "it answered nothing")
+    assert store.digests("tiny") == [one]
+    assert store.events("tiny")[-1] | {"time": 0} == {
+        "time": 0, "event": "refused", "digest": two, "reason": "it answered nothing",
+    }  # fmt: skip
+
+
+def test_a_store_that_cannot_be_written_goes_back_all_the_same(store: Store, make: Make, monkeypatch) -> None:
+    one = push(store, make(1))
+    try_out(store, make(2))
+    later(monkeypatch, 62)
+    with store.lock():  # another change holds the store
+        assert store.open_current("tiny").digest == one
+    assert len(parse_pointer((store.root / "current" / "tiny").read_bytes(), Path("x")).digests) == 2
+
+
+@pytest.mark.parametrize("words", ["pending", "pending boot", "pending boot -1", "pending boot 1 2", "tried boot 1"])
+def test_a_pointer_with_a_damaged_trial_is_refused(store: Store, make: Make, words: str) -> None:
+    digest = push(store, make(1))
+    (store.root / "current" / "tiny").write_text(f"{digest} {words}\n")
+    with pytest.raises(BundleError, match="holds no digests"):
+        store.digests("tiny")
+
+
+def test_more_releases_are_kept_when_asked_for_and_rolled_back_to(store: Store, make: Make) -> None:
+    digests = []
+    for number in range(1, 6):
+        digests.insert(0, admit(store, make(number)))
+        store.activate("tiny", digests[0], keep=4)
+    assert store.digests("tiny") == digests[:4]
+    assert store.rollback("tiny", digests[2][:12]) == digests[2]
+    with pytest.raises(ReleaseNotFound, match=f"no older release ffff, only {digests[3][:12]}"):
+        store.rollback("tiny", "ffff")
+    store.keep_only("tiny", 1)
+    assert store.digests("tiny") == [digests[2]]
+
+
+def test_the_journal_stays_small_and_a_cut_off_line_is_passed_over(store: Store, make: Make) -> None:
+    push(store, make(1))
+    path = store.root / "journal" / "tiny"
+    with path.open("ab") as file:
+        file.write(b'{"time": 17, "ev\n')
+    for number in range(400):
+        store.note("tiny", "refused", "0" * 64, f"reason {number} " + "x" * 300)
+    rows = store.events("tiny")
+    assert path.stat().st_size <= 64 * 1024 + 1000
+    assert rows[-1]["reason"].startswith("reason 399") and len(rows) > 50
+
+
+def test_who_holds_the_store_is_told_and_waited_for(store: Store) -> None:
+    words = "busy with the push of tiny by me; try again"
+    with store.lock(who="the push of tiny by me"), pytest.raises(DeviceError, match=words), store.lock():
+        pass
+    held = store.lock(who="another")
+    held.__enter__()
+    threading.Timer(0.3, held.__exit__, (None, None, None)).start()
+    with store.lock(wait_s=10):
+        pass
 
 
 def test_the_same_bundle_may_serve_two_names_apart(store: Store, make: Make) -> None:
@@ -261,7 +427,7 @@ def test_a_damaged_pointer_is_named_and_mended_by_a_push(
     one = push(store, make(1))
     other = push(store, make(1, "another"))
     damage(store.root / "current" / "tiny")
-    for use in (store.history, store.open_current, store.rollback):
+    for use in (store.digests, store.open_current, store.rollback):
         with pytest.raises(BundleError, match=r"current/tiny .* push the model again"):
             use("tiny")
     rows = store.status()
@@ -272,7 +438,7 @@ def test_a_damaged_pointer_is_named_and_mended_by_a_push(
     store.collect()
     assert releases(store) == {one, other}  # nobody knows whether it was in use
     two = push(store, make(2))
-    assert store.history("tiny") == [two]
+    assert store.digests("tiny") == [two]
 
 
 def test_a_pointer_that_is_a_folder_is_refused(store: Store, make: Make) -> None:
@@ -317,7 +483,7 @@ def test_model_names(name: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".x", "-x", "a b", "a\n", "a\0", "x" * 101, "a.edge"])
 def test_what_is_no_model_name(store: Store, name: str) -> None:
     assert not is_model_name(name)
-    for use in (store.history, store.open_current, store.rollback):
+    for use in (store.digests, store.open_current, store.rollback):
         with pytest.raises(UsageError, match="is not a model name"):
             use(name)
 
@@ -502,7 +668,7 @@ def test_a_power_cut_at_any_step_leaves_the_old_or_the_new_model(
             # The store goes on from there: what was begun can be done again, and nothing stays behind.
             push(cut, bundle)
             assert cut.open_current("tiny").digest == bundle.digest
-            assert releases(cut) == set(cut.history("tiny"))
+            assert releases(cut) == set(cut.digests("tiny"))
             assert os.listdir(cut.root / "current") == ["tiny"]
             assert os.listdir(cut.root / "staging") == []
         found += after

@@ -1,40 +1,122 @@
-"""``edge-infer push | status | rollback``: what happens on devices."""
+"""``edge-infer push | status | history | confirm | rollback | gc``: what happens on devices."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_infer.admission import TIMEOUT_S
 from edge_infer.cli import console
 from edge_infer.errors import EXIT_DEVICE, EdgeInferError
+from edge_infer.runtime.cli import positive
+from edge_infer.store import KEEP
 
 
 def add_commands(commands: Any) -> None:
+    for add in (_add_push, _add_status, _add_history, _add_confirm, _add_rollback, _add_gc):
+        parser = add(commands)
+        parser.epilog = "DEVICE is local:PATH, user@host[:port] or an alias of ~/.ssh/config."
+        parser.add_argument("--store", metavar="FOLDER", help="the device's store (default: ~/.edge-infer there)")
+        add_ssh_options(parser)
+        parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
+
+
+def _add_push(commands: Any) -> Any:
     push = commands.add_parser("push", help="send a bundle to devices; it serves there once it passed its self-test")
     push.add_argument("bundle", type=Path, metavar="BUNDLE")
     push.add_argument("devices", nargs="+", metavar="DEVICE")
     push.add_argument("--dry-run", action="store_true", help="print the steps and take none")
     push.add_argument("--tune", action="store_true", help="measure there how the model runs fastest, and keep that")
-    push.add_argument("--self-test-timeout", type=float, default=120.0, metavar="SECONDS")
+    push.add_argument("--self-test-timeout", type=float, default=TIMEOUT_S, metavar="SECONDS")
+    push.add_argument(
+        "--confirm-within", type=float, metavar="SECONDS",
+        help="it serves on trial: the device goes back unless edge_infer.confirm or `confirm` is called in time",
+    )  # fmt: skip
+    push.add_argument(
+        "--health", metavar="COMMAND", help="a shell command there that confirms it by succeeding in time (60 s)"
+    )
+    _add_keep(push)
+    _add_python(push)
+    _add_wait(push)
     push.set_defaults(call=call_push, show=show_push)
+    return push
+
+
+def _add_status(commands: Any) -> Any:
     status = commands.add_parser("status", help="a device and the models on it")
     status.add_argument("device", metavar="DEVICE")
+    _add_python(status)
     status.set_defaults(call=call_status, show=show_status)
+    return status
+
+
+def _add_history(commands: Any) -> Any:
+    history = commands.add_parser("history", help="which release of a model came into use when, and which did not")
+    _add_model(history)
+    history.set_defaults(call=call_history, show=show_history)
+    return history
+
+
+def _add_confirm(commands: Any) -> Any:
+    confirm = commands.add_parser("confirm", help="keep a release that is on trial")
+    _add_model(confirm)
+    _add_wait(confirm)
+    confirm.set_defaults(
+        call=call_confirm, show=lambda answer: print(f"{answer['name']} stays {answer['digest'][:12]}")
+    )
+    return confirm
+
+
+def _add_rollback(commands: Any) -> Any:
     rollback = commands.add_parser("rollback", help="go back to the release before")
-    rollback.add_argument("device", metavar="DEVICE")
-    rollback.add_argument("name", metavar="NAME", help="the model's name on the device")
+    _add_model(rollback)
+    rollback.add_argument("--to", metavar="DIGEST", help="an older one that is kept: the beginning of its digest")
+    _add_wait(rollback)
     rollback.set_defaults(
         call=call_rollback, show=lambda answer: print(f"{answer['name']} is {answer['digest'][:12]} again")
     )
-    for parser in (push, status, rollback):
-        parser.epilog = "DEVICE is local:PATH, user@host[:port] or an alias of ~/.ssh/config."
-        if parser is not rollback:
-            parser.add_argument("--python", help="the device's Python with edge-infer and an engine")
-        add_ssh_options(parser)
-        parser.add_argument("--json", action="store_true", help="the same facts for programs, on one line")
+    return rollback
+
+
+def _add_gc(commands: Any) -> Any:
+    gc = commands.add_parser("gc", help="remove older releases and what interrupted pushes left behind")
+    gc.add_argument("device", metavar="DEVICE")
+    gc.add_argument("name", nargs="?", metavar="NAME", help="one model (default: all)")
+    _add_keep(gc)
+    _add_wait(gc)
+    gc.set_defaults(call=call_gc, show=lambda answer: print(f"{console.size(answer['freed'])} freed"))
+    return gc
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument("device", metavar="DEVICE")
+    parser.add_argument("name", metavar="NAME", help="the model's name on the device")
+
+
+def _add_keep(parser: Any) -> None:
+    parser.add_argument(
+        "--keep",
+        type=positive,
+        default=KEEP,
+        metavar="N",
+        help=f"releases of a model that stay (default: {KEEP})",
+    )
+
+
+def _add_python(parser: Any) -> None:
+    parser.add_argument("--python", help="the device's Python with edge-infer and an engine")
+
+
+def _add_wait(parser: Any) -> None:
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="SECONDS", help="for another push there to end (default: 0)"
+    )
 
 
 def add_ssh_options(parser: Any) -> None:
@@ -55,12 +137,28 @@ def _transport(args: argparse.Namespace, address: str) -> Any:
     return open_transport(address, **ssh_options(args))
 
 
+def wish_of(args: argparse.Namespace) -> Any:
+    """What the options of a push ask for. Raises UsageError."""
+    from edge_infer.deploy.plan import Wish
+
+    return Wish(
+        python=args.python,
+        store=args.store,
+        keep=args.keep,
+        wait_s=args.wait,
+        timeout_s=args.self_test_timeout,
+        tune=args.tune,
+        confirm_within_s=args.confirm_within,
+        health=args.health,
+    )
+
+
 def call_push(args: argparse.Namespace) -> dict[str, Any]:
     """Push to each device in turn; one that fails does not keep the others from theirs."""
     from edge_infer.bundle import open_bundle
 
-    bundle = open_bundle(args.bundle)
-    rows = [_push_one(args, bundle, address) for address in args.devices]
+    bundle, wish = open_bundle(args.bundle), wish_of(args)
+    rows = [_push_one(args, bundle, wish, address) for address in args.devices]
     failed = any(row.get("error") for row in rows)
     return {
         "name": bundle.manifest.name,
@@ -70,21 +168,13 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _push_one(args: argparse.Namespace, bundle: Any, address: str) -> dict[str, Any]:
+def _push_one(args: argparse.Namespace, bundle: Any, wish: Any, address: str) -> dict[str, Any]:
     from edge_infer.deploy.push import push
 
     transport = _transport(args, address)
     try:
         with console.progress_line() as progress:
-            pushed = push(
-                bundle,
-                transport,
-                python=args.python,
-                dry_run=args.dry_run,
-                tune=args.tune,
-                timeout_s=args.self_test_timeout,
-                progress=progress,
-            )
+            pushed = push(bundle, transport, wish, dry_run=args.dry_run, progress=progress)
     except EdgeInferError as error:
         if error.exit_status != EXIT_DEVICE:  # the bundle or the request is wrong, and so for every device
             raise
@@ -107,7 +197,7 @@ def show_push(answer: dict[str, Any]) -> None:
             print(
                 f"{row['address']}: {answer['name']} is {row['digest'][:12]}{_instead_of(row)}; sent "
                 f"{console.size(row['sent_bytes'])}, self-test passed on {engine['package']} {engine['version']} "
-                f"({engine['provider']}){_tuned(row)}"
+                f"({engine['provider']}){_tuned(row)}{_on_trial(row)}"
             )
 
 
@@ -117,20 +207,33 @@ def _tuned(pushed: dict[str, Any]) -> str:
     return f"; {pushed['tuned']}" if pushed["tuned"].startswith("not tuned") else f"; tuned: {pushed['tuned']}"
 
 
+def _on_trial(pushed: dict[str, Any]) -> str:
+    if pushed["pending_s"] is None:
+        return ""
+    return f"; on trial: it goes back in {pushed['pending_s']} s unless it is confirmed"
+
+
 def _instead_of(pushed: dict[str, Any]) -> str:
     if pushed["replaced"] == pushed["digest"]:
         return " as before"
     return f", replacing {pushed['replaced'][:12]}" if pushed["replaced"] else ""
 
 
+@contextmanager
+def _device(args: argparse.Namespace) -> Iterator[Any]:
+    """The way to the device that the command line names."""
+    transport = _transport(args, args.device)
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
 def call_status(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import status
 
-    transport = _transport(args, args.device)
-    try:
-        return dict(status(transport, args.python))
-    finally:
-        transport.close()
+    with _device(args) as device:
+        return dict(status(device, args.python, args.store))
 
 
 def show_status(answer: dict[str, Any]) -> None:
@@ -147,22 +250,62 @@ def show_status(answer: dict[str, Any]) -> None:
             row.get("format", row.get("error", "")),
             row.get("precision", ""),
             row["digest"][:12],
+            f"on trial, {row['pending_s']} s left" if "pending_s" in row else "",
             ", ".join(digest[:12] for digest in row["previous"]) or "-",
             console.size(row.get("size", 0)),
         ]
         for row in answer["models"]
     ]
     if rows:
-        console.print_table(["model", "version", "format", "precision", "in use", "before", "size>"], rows)
+        columns = ["model", "version", "format", "precision", "in use", "", "before", "size>"]
+        if not any(row[5] for row in rows):  # nothing is on trial
+            columns, rows = columns[:5] + columns[6:], [row[:5] + row[6:] for row in rows]
+        console.print_table(columns, rows)
     else:
         print("no models yet")
+
+
+def call_history(args: argparse.Namespace) -> dict[str, Any]:
+    from edge_infer.deploy.push import history
+
+    with _device(args) as device:
+        return {"name": args.name, **history(device, args.name, args.store)}
+
+
+def show_history(answer: dict[str, Any]) -> None:
+    rows = [
+        [_local_time(row["time"]), row["event"], row["digest"][:12], row.get("who", ""), row.get("reason", "")]
+        for row in answer["events"]
+    ]
+    if rows:
+        console.print_table(["device's time", "what", "release", "by", "why"], rows)
+    else:
+        print(f"nothing happened to {answer['name']} there")
+
+
+def _local_time(seconds: int) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def call_confirm(args: argparse.Namespace) -> dict[str, Any]:
+    from edge_infer.deploy.push import confirm
+
+    with _device(args) as device:
+        return {"name": args.name, "digest": confirm(device, args.name, args.store, args.wait)}
 
 
 def call_rollback(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import rollback
 
-    transport = _transport(args, args.device)
-    try:
-        return {"name": args.name, "digest": rollback(transport, args.name)}
-    finally:
-        transport.close()
+    with _device(args) as device:
+        return {"name": args.name, "digest": rollback(device, args.name, args.to, args.store, args.wait)}
+
+
+def call_gc(args: argparse.Namespace) -> dict[str, Any]:
+    from edge_infer.deploy.push import collect
+
+    with _device(args) as device:
+        return {"freed": collect(device, args.name, args.keep, args.store, args.wait)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import inspect
 import json
+import os
+import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,13 @@ MODULES = (
     "edge_infer.records",
     "edge_infer.manifest",
     "edge_infer.bundle",
+    "edge_infer.pointer",
+    "edge_infer.journal",
     "edge_infer.store",
     "edge_infer.admission",
+    "edge_infer.deploy.device",
+    "edge_infer.deploy.incoming",
+    "edge_infer.deploy.trial",
     "edge_infer.deploy.receiver",
 )
 
@@ -66,13 +74,25 @@ def payload() -> bytes:
     return b"%d\n" % len(program) + program
 
 
-class Conversation:
-    """A running receiver. Use it as a context manager."""
+def myself() -> str:
+    """Who pushes, for the device's journal: ``user@host``."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
-    def __init__(self, transport: Transport) -> None:
+
+class Conversation:
+    """A running receiver. Use it as a context manager.
+
+    ``store`` is the folder of the device's store (default: ``$EDGE_INFER_HOME`` or ``~/.edge-infer`` there).
+    """
+
+    def __init__(self, transport: Transport, store: str | None = None) -> None:
         self._transport = transport
         local = isinstance(transport, LocalTransport)
-        self._store = str(transport.store.absolute()) if isinstance(transport, LocalTransport) else None
+        self._store = str(transport.store.absolute()) if isinstance(transport, LocalTransport) else store
         python = sys.executable if local else "python3"
         self._process: Process = transport.start([python, "-c", BOOTSTRAP])
         self._unsent = payload()
@@ -99,14 +119,15 @@ class Conversation:
         data, self._unsent = self._unsent + line, b""
         self._write(data)
 
-    def send_file(self, name: str, path: Path, offset: int) -> int:
-        """Send a file from ``offset`` on; gives the bytes sent."""
+    def send_file(self, name: str, path: Path, offset: int, progress: Callable[[int], None] = lambda sent: None) -> int:
+        """Send a file from ``offset`` on; gives the bytes sent, and tells ``progress`` of each part that has gone."""
         size = path.stat().st_size - offset
         self.send("file", name=name, offset=offset, size=size)
         with path.open("rb") as file:
             file.seek(offset)
             while data := file.read(SLICE_BYTES):
                 self._write(data)
+                progress(len(data))
         return size
 
     def end(self) -> None:

@@ -6,19 +6,57 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_infer.errors import DeviceError, EngineMissing
+from edge_infer.admission import TIMEOUT_S
+from edge_infer.deploy.receiver import LONGEST_S
+from edge_infer.errors import DeviceError, EngineMissing, UsageError
 from edge_infer.manifest import Manifest
 from edge_infer.runtime.engines import EXTRAS, at_least, release_numbers
+from edge_infer.store import KEEP
 
 #: A kernel keeps part of the memory that is on the box to itself; a 512 MB board shows 416 MB.
 RAM_SHARE_SHOWN = 0.75
 #: The device half's own oldest Python.
 OLDEST_PYTHON = "3.10"
+#: How long a health command has, where nothing else is said.
+HEALTH_S = 60.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a push beside the bundle.
+
+    ``python``: the device's Python with edge-infer and an engine (default: the store's ``venv``, else ``python3``).
+    ``store``: the folder of its store. ``keep``: how many releases of the model stay. ``wait_s``: how long to wait for
+    another push to end. ``timeout_s``: for the self-test. ``tune``: measure how the model runs fastest before it
+    serves. ``confirm_within_s``: it serves on trial until it is confirmed, for so long. ``health``: a shell command
+    there that confirms it by succeeding, within 60 s where nothing else is said.
+    """
+
+    python: str | None = None
+    store: str | None = None
+    keep: int = KEEP
+    wait_s: float = 0.0
+    timeout_s: float = TIMEOUT_S
+    tune: bool = False
+    confirm_within_s: float | None = None
+    health: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a number that means nothing."""
+        for name in ("wait_s", "timeout_s", "confirm_within_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= LONGEST_S:
+                raise UsageError(f"{name} is {value:g} seconds, expected 0 to {LONGEST_S} (a week)")
+        if self.keep < 1:
+            raise UsageError(f"keep is {self.keep}, expected at least 1: the release in use")
+        if self.health is not None and self.confirm_within_s is None:
+            object.__setattr__(self, "confirm_within_s", HEALTH_S)
 
 
 @dataclass(frozen=True)
 class Step:
-    """``action`` is send, copy, keep, self-test, tune or activate; ``size`` the bytes it sends from ``offset``."""
+    """``action``: make room, send, copy, keep, self-test, tune, activate, try or await. ``size``: the bytes sent from
+    ``offset``, or to be freed."""
 
     action: str
     subject: str
@@ -30,38 +68,54 @@ class Step:
         return f"{self.action} {self.subject}{amount}"
 
 
-def make_plan(manifest: Manifest, digest: str, answer: Mapping[str, Any], tune: bool = False) -> list[Step]:
+def make_plan(
+    manifest: Manifest, digest: str, answer: Mapping[str, Any], starts: Mapping[str, int], wish: Wish
+) -> list[Step]:
     """The steps of a push, given the receiver's answer to ``begin``.
 
-    Raises DeviceError when the device is not what the bundle was made for or has too little space, EngineMissing
-    when no engine there can run it.
+    ``starts``: how much of each staged file the host found right. Raises DeviceError when the device is not what the
+    bundle was made for or has too little space, EngineMissing when no engine there can run it.
     """
     facts = answer["facts"]
     check_device(manifest, facts)
     check_engine(manifest, facts)
-    steps = []
-    if answer["present"]:
-        steps.append(Step("keep", f"release {digest[:12]}"))
-    else:
-        for name, entry in sorted(manifest.files.items()):
-            have = int(answer["have"].get(name, 0))
-            if have == entry.size:
-                steps.append(Step("keep", name))
-            elif name in answer["copies"]:
-                steps.append(Step("copy", f"{name} from another release"))
-            else:
-                steps.append(Step("send", name, entry.size - have, have))
-    # What is copied on the device takes space as well as what is sent.
-    needed = 0 if answer["present"] else manifest.size - sum(answer["have"].values())
-    if needed > facts["free_bytes"]:
-        raise DeviceError(
-            f"the push needs {needed:,} bytes, the device has {facts['free_bytes']:,} free beyond its reserve; "
-            "free some space there"
-        )
+    files = [] if answer["present"] else [_file_step(manifest, name, answer, starts) for name in sorted(manifest.files)]
+    room = _make_room(manifest, answer)
+    steps = [Step("keep", f"release {digest[:12]}")] if answer["present"] else [*room, *files]
     steps.append(Step("self-test", f"{digest[:12]} with {facts['serving_python']}"))
-    if tune:
+    if wish.tune:
         steps.append(Step("tune", digest[:12]))
-    return [*steps, Step("activate", manifest.name)]
+    return [*steps, *_activation(manifest.name, wish)]
+
+
+def _file_step(manifest: Manifest, name: str, answer: Mapping[str, Any], starts: Mapping[str, int]) -> Step:
+    size, have = manifest.files[name].size, starts.get(name, 0)
+    if have == size and name in answer["have"]:
+        return Step("keep", name)
+    if name in answer["copies"]:
+        return Step("copy", f"{name} from another release")
+    return Step("send", name, size - have, have)
+
+
+def _make_room(manifest: Manifest, answer: Mapping[str, Any]) -> list[Step]:
+    """What other pushes left behind goes when its space is needed; DeviceError when that is not enough."""
+    # What is copied on the device takes space as well as what is sent.
+    needed = manifest.size - sum(int(row["size"]) for row in answer["have"].values())
+    free, reclaimable = answer["facts"]["free_bytes"], answer["reclaimable_bytes"]
+    if answer["present"] or needed <= free:
+        return []
+    if needed > free + reclaimable:
+        raise DeviceError(
+            f"the push needs {needed:,} bytes, the device has {free:,} free beyond its reserve; free some space there"
+        )
+    return [Step("make room", "by removing what other pushes left behind", reclaimable)]
+
+
+def _activation(name: str, wish: Wish) -> list[Step]:
+    if wish.confirm_within_s is None:
+        return [Step("activate", name)]
+    steps = [Step("try", f"{name} for {wish.confirm_within_s:g} s")]
+    return steps if wish.health is None else [*steps, Step("await", f"success of `{wish.health}`")]
 
 
 def check_device(manifest: Manifest, facts: Mapping[str, Any]) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.bundle import Bundle, verify
-from edge_infer.deploy.conversation import Conversation
-from edge_infer.deploy.plan import Step, make_plan
+from edge_infer.deploy.conversation import Conversation, myself
+from edge_infer.deploy.incoming import PIECE_BYTES, PIECE_DIGITS
+from edge_infer.deploy.plan import Step, Wish, make_plan
 from edge_infer.deploy.transport import Transport
+from edge_infer.store import KEEP
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Pushed:
     """What a push did. ``report`` is the self-test's own, empty for a dry run; ``replaced`` the digest before;
-    ``tuned`` the setting that tuning chose, or why it chose none, None where it was not asked for."""
+    ``tuned`` the setting that tuning chose, or why it chose none, None where it was not asked for; ``pending_s`` the
+    seconds within which it must be confirmed, None where it need not be."""
 
     address: str
     digest: str
@@ -26,42 +33,76 @@ class Pushed:
     replaced: str | None
     report: Mapping[str, Any]
     tuned: str | None = None
+    pending_s: int | None = None
 
 
 def push(
     bundle: Bundle,
     transport: Transport,
+    wish: Wish | None = None,
     *,
-    python: str | None = None,
     dry_run: bool = False,
-    tune: bool = False,
-    timeout_s: float = TIMEOUT_S,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Progress = lambda step: None,
 ) -> Pushed:
     """Send ``bundle``, let the device verify and self-test it, and make it the release in use.
 
-    ``tune``: it also measures how the model runs fastest there, before it serves; some ten seconds on a fast machine.
-    ``python`` is the device's Python with edge-infer and an engine (default: the store's ``venv``, else
-    ``python3``). Raises BundleError when the bundle here is damaged, EngineMissing, SelfTestFailed or another
-    DeviceError when the device refuses; in all cases it goes on with the release it had.
+    Raises BundleError when the bundle here is damaged, EngineMissing, SelfTestFailed or another DeviceError when the
+    device refuses; in all cases it goes on with the release it had.
     """
+    wish = wish or Wish()
     verify(bundle, mode="full")
-    text = bundle.manifest.to_bytes().decode()
     progress("asking the device")
-    with Conversation(transport) as device:
-        answer = device.ask("begin", manifest=text, python=python)
-        steps = make_plan(bundle.manifest, bundle.digest, answer, tune)
-        current = answer["current"][0] if answer["current"] else None
+    with Conversation(transport, wish.store) as device:
+        answer, steps = _begin(device, bundle, wish)
+        current = answer["releases"][0] if answer["releases"] else None
+        pushed = Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
         if dry_run:
-            return Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
-        sent = 0
-        for step in steps:
-            if step.action == "send":
-                progress(str(step))
-                sent += device.send_file(step.subject, bundle.file(step.subject), step.offset)
-        progress("self-test and tuning on the device" if tune else "self-test on the device")
-        done = device.ask("finish", timeout_s=timeout_s, tune=tune)
-    return Pushed(transport.address, bundle.digest, tuple(steps), sent, current, done["report"], done["tuned"])
+            return pushed
+        sent = _send(device, bundle, steps, progress)
+        progress("; ".join(str(step) for step in steps if step.action in ("self-test", "tune", "await")))
+        done = device.ask(
+            "finish",
+            timeout_s=wish.timeout_s,
+            tune=wish.tune,
+            keep=wish.keep,
+            confirm_within_s=wish.confirm_within_s,
+            health=wish.health,
+        )
+    return replace(pushed, sent_bytes=sent, report=done["report"], tuned=done["tuned"], pending_s=done["pending_s"])
+
+
+def _begin(device: Conversation, bundle: Bundle, wish: Wish) -> tuple[Mapping[str, Any], list[Step]]:
+    """What the device answers, and the steps that follow from it."""
+    text = bundle.manifest.to_bytes().decode()
+    answer = device.ask("begin", manifest=text, python=wish.python, who=myself(), wait_s=wish.wait_s)
+    return answer, make_plan(bundle.manifest, bundle.digest, answer, sound_starts(bundle, answer["have"]), wish)
+
+
+def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
+    """How many bytes of each staged file are as they should be, from its start."""
+    return {name: _sound_start(bundle.file(name), row["size"], row["pieces"]) for name, row in have.items()}
+
+
+def _sound_start(path: Path, size: int, pieces: list[str]) -> int:
+    with path.open("rb") as file:
+        for number, piece in enumerate(pieces):
+            start = number * PIECE_BYTES
+            data = file.read(min(PIECE_BYTES, size - start))
+            if hashlib.sha256(data).hexdigest()[:PIECE_DIGITS] != piece:
+                return start
+    return size
+
+
+def _send(device: Conversation, bundle: Bundle, steps: list[Step], progress: Progress = lambda step: None) -> int:
+    """Take the steps before the self-test; gives the bytes sent."""
+    sent = 0
+    for step in steps:
+        if step.action == "make room":
+            device.send("make-room")
+        elif step.action == "send":
+            progress(str(step))
+            sent += device.send_file(step.subject, bundle.file(step.subject), step.offset)
+    return sent
 
 
 @contextmanager
@@ -74,21 +115,47 @@ def measuring(
     device serves stays as it is.
     """
     with Conversation(transport) as device:
-        answer = device.ask("begin", manifest=bundle.manifest.to_bytes().decode(), python=python)
-        for step in make_plan(bundle.manifest, bundle.digest, answer):
-            if step.action == "send":
-                device.send_file(step.subject, bundle.file(step.subject), step.offset)
+        _, steps = _begin(device, bundle, Wish(python=python))
+        _send(device, bundle, steps)
         yield lambda runs: device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
         device.end()
 
 
-def status(transport: Transport, python: str | None = None) -> Mapping[str, Any]:
+def status(transport: Transport, python: str | None = None, store: str | None = None) -> Mapping[str, Any]:
     """The device's facts and the models in its store."""
-    with Conversation(transport) as device:
+    with Conversation(transport, store) as device:
         return device.ask("status", python=python)
 
 
-def rollback(transport: Transport, name: str) -> str:
-    """Go back to the release before; gives its digest. Raises ReleaseNotFound's sentence as a DeviceError."""
-    with Conversation(transport) as device:
-        return str(device.ask("rollback", name=name)["digest"])
+def history(transport: Transport, name: str, store: str | None = None) -> Mapping[str, Any]:
+    """``releases``: digests of ``name``, the one in use first; ``events``: what happened to it, oldest first."""
+    with Conversation(transport, store) as device:
+        return device.ask("history", name=name)
+
+
+def rollback(
+    transport: Transport, name: str, digest: str | None = None, store: str | None = None, wait_s: float = 0.0
+) -> str:
+    """Go back to the release before, or to the one whose digest begins with ``digest``; gives the digest in use.
+
+    Raises ReleaseNotFound's sentence as a DeviceError.
+    """
+    with Conversation(transport, store) as device:
+        return str(device.ask("rollback", name=name, digest=digest, who=myself(), wait_s=wait_s)["digest"])
+
+
+def confirm(transport: Transport, name: str, store: str | None = None, wait_s: float = 0.0) -> str:
+    """Keep the release on trial; gives its digest. Raises ReleaseNotFound's sentence as a DeviceError."""
+    with Conversation(transport, store) as device:
+        return str(device.ask("confirm", name=name, who=myself(), wait_s=wait_s)["digest"])
+
+
+def collect(
+    transport: Transport, name: str | None = None, keep: int = KEEP, store: str | None = None, wait_s: float = 0.0
+) -> int:
+    """Remove all but the ``keep`` newest releases of ``name``, or of every model, and what pushes left behind.
+
+    Gives the bytes freed.
+    """
+    with Conversation(transport, store) as device:
+        return int(device.ask("collect", name=name, keep=keep, who=myself(), wait_s=wait_s)["freed"])

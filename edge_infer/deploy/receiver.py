@@ -1,104 +1,109 @@
 """The device's side of a push. Sent along by the host and run by any Python >= 3.8; nothing is installed for it.
 
 It speaks lines of JSON on standard input and output. A ``file`` request is followed by that many raw bytes; every
-request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "message": ...}}``, after which it ends.
+other request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "message": ...}}``, after which it ends.
 
-    begin     name, manifest, store, python -> facts, what is missing of each file, the release in use
+    begin     manifest, python, who, wait_s -> facts, what is here of each file, releases in use and before
+    make-room -> bytes freed of what other pushes left behind
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
-    finish    timeout_s, tune -> verify, self-test in a child, tune if asked to, activate, collect
+    finish    timeout_s, tune, keep, confirm_within_s, health -> verify, self-test in a child, tune, activate, collect
     measure   timeout_s, runs -> verify, self-test and time it; it is thrown away when the conversation ends
-    status    -> rows of the store
-    rollback  name -> the release now in use
+    status    python -> facts and rows of the store
+    history   name -> what happened to a model
+    rollback  name, digest -> the release now in use
+    confirm   name -> the release now in use
+    collect   name, keep -> bytes freed
+
+Any of them may name a ``store``. A host that says nothing for two minutes is taken as gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
-import os
-import platform
-import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from edge_infer import admission
-from edge_infer.bundle import CHUNK_BYTES, hash_file
-from edge_infer.errors import BundleError, DeviceError, EdgeInferError, SelfTestFailed
-from edge_infer.manifest import MANIFEST_NAME, Manifest, parse
+from edge_infer.deploy.device import facts, serving_python
+from edge_infer.deploy.incoming import Incoming, known_digests
+from edge_infer.deploy.trial import wait_for_health
+from edge_infer.errors import DeviceError, EdgeInferError, SelfTestFailed
+from edge_infer.manifest import parse
 from edge_infer.store import Store, default_root
 
 #: A request line may hold a whole manifest.
 MAX_LINE_BYTES = 16 * 1024 * 1024
-#: Left free on the device's storage: a full disk breaks more than a push.
-RESERVE_BYTES = 16 * 1024 * 1024
 #: Tuning takes some 20 children of half a second each, and the time it takes a board to import an engine so often.
 TUNE_S = 900.0
+#: A host that lost its power says no goodbye; its push must not keep the store from others.
+SILENCE_S = 120.0
 
-#: Asks the Python that will serve for its version and engines, without importing any.
-ENGINES_SCRIPT = """
-import importlib.metadata as m, json, sys
-found = {}
-for name in ("edge-infer", "ai-edge-litert", "tflite-runtime", "onnxruntime", "onnxruntime-gpu", "torch"):
-    try: found[name] = m.version(name)
-    except m.PackageNotFoundError: pass
-print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "packages": found}))
-"""
-
-
-#: What each request must hold, and which are part of a push.
-TEXT_OR_NONE = (str, type(None))
+TEXT, TEXT_OR_NONE, NUMBER = (str,), (str, type(None)), (int, float)
+NUMBER_OR_NONE = (int, float, type(None))
+#: What each request must hold beside ``store``.
 FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
-    "begin": {"manifest": (str,), "python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
-    "file": {"name": (str,), "offset": (int,), "size": (int,)},
-    "finish": {"timeout_s": (int, float), "tune": (bool,)},
-    "measure": {"timeout_s": (int, float), "runs": (int,)},
-    "status": {"python": TEXT_OR_NONE, "store": TEXT_OR_NONE},
-    "rollback": {"name": (str,), "store": TEXT_OR_NONE},
-}
-AFTER_BEGIN = ("file", "finish", "measure")
+    "begin": {"manifest": TEXT, "python": TEXT_OR_NONE, "who": TEXT, "wait_s": NUMBER},
+    "make-room": {},
+    "file": {"name": TEXT, "offset": (int,), "size": (int,)},
+    "finish": {
+        "timeout_s": NUMBER, "tune": (bool,), "keep": (int,),
+        "confirm_within_s": NUMBER_OR_NONE, "health": TEXT_OR_NONE,
+    },
+    "measure": {"timeout_s": NUMBER, "runs": (int,)},
+    "status": {"python": TEXT_OR_NONE},
+    "history": {"name": TEXT},
+    "rollback": {"name": TEXT, "digest": TEXT_OR_NONE, "who": TEXT, "wait_s": NUMBER},
+    "confirm": {"name": TEXT, "who": TEXT, "wait_s": NUMBER},
+    "collect": {"name": TEXT_OR_NONE, "keep": (int,), "who": TEXT, "wait_s": NUMBER},
+}  # fmt: skip
+#: Parts of a push.
+AFTER_BEGIN = ("make-room", "file", "finish", "measure")
+#: The longest time that a request may ask for, in seconds: more is a mistake, and clocks have limits.
+LONGEST_S = 7 * 24 * 3600
 
 
 class Receiver:
     """One conversation. ``asked`` and ``told`` are its two streams."""
 
-    def __init__(self, asked: BinaryIO, told: BinaryIO) -> None:
+    def __init__(self, asked: Union[BinaryIO, Patient], told: BinaryIO) -> None:
         self.asked, self.told = asked, told
         self.requests: Dict[str, Callable[[Mapping[str, Any]], Optional[Dict[str, Any]]]] = {
             "begin": self.begin,
+            "make-room": self.make_room,
             "file": self.file,
             "finish": self.finish,
             "measure": self.measure,
             "status": self.status,
+            "history": self.history,
             "rollback": self.rollback,
+            "confirm": self.confirm,
+            "collect": self.collect,
         }
         self.store = Store(default_root())
         self.python = sys.executable
-        self.manifest: Optional[Manifest] = None
-        self.digest = ""
+        self.who = ""
+        self.incoming: Optional[Incoming] = None
+        self.present = False  # whether the bundle is among the releases already, by hash
         self.passing = False  # whether the bundle is here to be measured only
+        self.locked = contextlib.ExitStack()
 
     def serve(self) -> None:
         """Answer requests until the host ends the conversation or one fails."""
         try:
-            first = self.read()
-            if first is None:
-                return
-            self.store = Store(Path(first["store"]).expanduser() if first.get("store") else default_root())
-            if first["op"] == "status":
-                self.answer(first)
-                return
-            with self.store.lock():
+            with self.locked:
                 try:
-                    request: Optional[Mapping[str, Any]] = first
+                    request = self.read()
                     while request is not None:
                         self.answer(request)
                         request = self.read()
                 finally:
-                    if self.passing:
-                        self.store.discard(self.bundle.name, self.digest)
+                    if self.passing and self.incoming:
+                        self.store.discard(self.incoming.manifest.name, self.incoming.digest)
         except EdgeInferError as error:
             self.tell({"error": admission.describe(error)})
         except OSError as error:
@@ -110,18 +115,22 @@ class Receiver:
             return None
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DeviceError("the host sent a line that is not JSON; use the same edge-infer on both ends") from None
         if not isinstance(value, dict) or value.get("op") not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
-        for name, kinds in FIELDS[value["op"]].items():
-            if not isinstance(value.get(name), kinds) or (isinstance(value.get(name), bool) and bool not in kinds):
+        for name, kinds in {**FIELDS[value["op"]], "store": TEXT_OR_NONE}.items():
+            if not _is_valid(name, value.get(name), kinds):
                 raise DeviceError(f"the host's request {value['op']!r} has no valid {name!r}")
-        if value["op"] in AFTER_BEGIN and self.manifest is None:
+        if value["op"] in AFTER_BEGIN and self.incoming is None:
             raise DeviceError(f"the host's request {value['op']!r} came before it said which bundle it pushes")
         return value
 
     def answer(self, request: Mapping[str, Any]) -> None:
+        if request["op"] not in AFTER_BEGIN:
+            if self.incoming is not None:
+                raise DeviceError(f"the host's request {request['op']!r} came in the middle of a push")
+            self.store = Store(Path(request["store"]).expanduser() if request.get("store") else default_root())
         reply = self.requests[request["op"]](request)
         if reply is not None:
             self.tell({"ok": reply})
@@ -130,92 +139,78 @@ class Receiver:
         self.told.write(json.dumps(message).encode() + b"\n")
         self.told.flush()
 
-    @property
-    def bundle(self) -> Manifest:
-        """The manifest of the bundle being pushed; ``read`` lets no request that needs it come before it."""
-        assert self.manifest is not None
-        return self.manifest
+    @contextlib.contextmanager
+    def changing(self, request: Mapping[str, Any], what: str) -> Iterator[None]:
+        """The store's lock, for one request."""
+        with self.store.lock(request["wait_s"], f"{what} by {request['who']}"):
+            yield
 
-    # -- requests ----------------------------------------------------------------------------------------------
+    # -- a push ------------------------------------------------------------------------------------------------
+
+    @property
+    def coming(self) -> Incoming:
+        """The bundle being pushed; ``read`` lets no request that needs it come before it."""
+        assert self.incoming is not None
+        return self.incoming
 
     def begin(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         data = request["manifest"].encode("utf-8", "surrogatepass")
-        self.manifest = parse(data)
-        self.digest = hashlib.sha256(data).hexdigest()
+        manifest, digest = parse(data), hashlib.sha256(data).hexdigest()
+        self.who = request["who"]
         self.python = serving_python(self.store, request.get("python"))
-        name = self.bundle.name
-        present = self.store.has(name, self.digest)
-        have = {} if present else self._staged()
+        self.locked.enter_context(self.changing(request, f"a push of {manifest.name}"))
+        self.incoming = Incoming(self.store, manifest, digest)
+        self.present = self.store.has(manifest.name, digest)
         return {
             "facts": facts(self.store.root, self.python),
-            "present": present,
-            "have": have,
-            "copies": [] if present else self._copies(have),
-            "current": self._history()[:1],
+            "present": self.present,
+            "have": {} if self.present else self.incoming.have(),
+            "copies": [] if self.present else self.incoming.copies(),
+            "reclaimable_bytes": self.store.reclaimable_bytes(digest),
+            "releases": known_digests(self.store, manifest.name),
         }
 
-    def _history(self) -> List[str]:
-        """As the store has it; none when the pointer is damaged, which this push mends."""
-        try:
-            return self.store.history(self.bundle.name)
-        except BundleError:
-            return []
-
-    def _staged(self) -> Dict[str, int]:
-        """Bytes of each file that an interrupted push left."""
-        folder = self.store.root / "staging" / self.digest
-        return {name: min(max(_size(folder / name), 0), entry.size) for name, entry in self.bundle.files.items()}
-
-    def _copies(self, have: Mapping[str, int]) -> List[str]:
-        """Files that need not be sent since another release has the same."""
-        files = self.bundle.files.items()
-        return [name for name, entry in files if have[name] < entry.size and self._same_file(entry.size, entry.sha256)]
-
-    def _same_file(self, size: int, sha256: str) -> Optional[Path]:
-        for digest in self._history():
-            folder = self.store.release(self.bundle.name, digest)
-            try:
-                files = parse((folder / MANIFEST_NAME).read_bytes()).files
-            except (OSError, BundleError):
-                continue
-            for name, entry in files.items():
-                if (entry.size, entry.sha256) == (size, sha256) and hash_file(folder / name) == sha256:
-                    return folder / name
-        return None
+    def make_room(self, request: Mapping[str, Any]) -> None:
+        self.store.collect(all_staging=True, spare=self.coming.digest)
 
     def file(self, request: Mapping[str, Any]) -> None:
         """Append the bytes that follow to the staged file."""
-        name, offset, size = request["name"], request["offset"], request["size"]
-        entry = self.bundle.files.get(name)
-        if entry is None or offset < 0 or size < 0 or offset + size > entry.size:
-            raise DeviceError(
-                f"the host sent bytes {offset} to {offset + size} of {name!r}, which are not in the manifest"
-            )
-        part = self.store.staging(self.digest) / name
-        descriptor = os.open(str(part), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        with os.fdopen(descriptor, "wb") as file:
-            file.truncate(offset)
-            file.seek(offset)
-            while size:
-                data = self.asked.read(min(CHUNK_BYTES, size))
-                if not data:
-                    raise DeviceError("the connection ended in the middle of a file; push again, it goes on from here")
-                file.write(data)
-                size -= len(data)
+        self.coming.receive(request["name"], request["offset"], request["size"], self.asked)
 
     def finish(self, request: Mapping[str, Any]) -> Dict[str, Any]:
-        name = self.bundle.name
-        if not self.store.has(name, self.digest):
-            self._admit()
-        release = self.store.release(name, self.digest)
-        try:
-            report = admission.self_test(release, self.python, float(request["timeout_s"]))
-        except EdgeInferError as error:
-            self.store.discard(name, self.digest)
-            raise SelfTestFailed(f"{error}; {self._still()}") from None
+        name, digest = self.coming.manifest.name, self.coming.digest
+        report = self._self_test(float(request["timeout_s"]))
+        release = self.store.release(name, digest)
         tuned = self._tune(release) if request["tune"] else None
-        self.store.activate(name, self.digest)
-        return {"report": report, "tuned": tuned, "freed": self.store.collect(), "digest": self.digest}
+        self.store.activate(name, digest, request["keep"], request["confirm_within_s"], self.who)
+        freed = self.store.collect()
+        if request["health"] is not None:
+            self.locked.close()  # so that the application may confirm by itself meanwhile
+            wait_for_health(self.store, name, digest, request["health"])
+        pending = self.store.pointer(name).pending
+        return {
+            "report": report,
+            "tuned": tuned,
+            "freed": freed,
+            "digest": digest,
+            "pending_s": round(pending.left_s()) if pending else None,
+        }
+
+    def _self_test(self, timeout_s: float) -> Dict[str, Any]:
+        """Admit the bundle unless it is here, and ask its golden questions. One that fails is removed."""
+        name, digest = self.coming.manifest.name, self.coming.digest
+        self._admit()
+        try:
+            return admission.self_test(self.store.release(name, digest), self.python, timeout_s)
+        except EdgeInferError as error:
+            self.store.note(name, "refused", digest, str(error), self.who)
+            self.store.discard(name, digest)
+            raise SelfTestFailed(f"{error}; {self._still()}") from None
+
+    def _admit(self) -> None:
+        if not self.present:
+            self.coming.admit()
+            self.present = True
 
     def _tune(self, release: Path) -> str:
         """What ``tune`` chose, which later loads take; or why it did not, which keeps no release from serving."""
@@ -225,47 +220,50 @@ class Receiver:
         except EdgeInferError as error:
             return f"not tuned: {error}"
 
+    def _still(self) -> str:
+        digests = known_digests(self.store, self.coming.manifest.name)
+        return f"the release {digests[0][:12]} stays in use" if digests else "nothing was activated"
+
     def measure(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         """Time the bundle that was sent, after a self-test the first time. The store serves what it served."""
-        name, timeout_s = self.bundle.name, float(request["timeout_s"])
-        release = self.store.release(name, self.digest)
-        if not self.store.has(name, self.digest):
-            self._admit()
+        name, timeout_s = self.coming.manifest.name, float(request["timeout_s"])
+        release = self.store.release(name, self.coming.digest)
+        if not self.present:
             self.passing = True
+            self._admit()
             admission.self_test(release, self.python, timeout_s)
         asked = ["bench", str(release), "--runs", str(int(request["runs"]))]
         return {"measured": admission.run_child(self.python, asked, timeout_s)}
 
-    def _admit(self) -> None:
-        """Complete the staged folder and move it among the releases; one that fails its check is thrown away."""
-        staged = self.store.staging(self.digest)
-        try:
-            for name, entry in self.bundle.files.items():
-                same = None if _size(staged / name) == entry.size else self._same_file(entry.size, entry.sha256)
-                if same is not None:
-                    if (staged / name).exists():
-                        (staged / name).unlink()
-                    shutil.copyfile(str(same), str(staged / name))
-            (staged / MANIFEST_NAME).write_bytes(self.bundle.to_bytes())
-            self.store.admit(staged, self.bundle.name, self.digest)
-        except BundleError:
-            shutil.rmtree(str(staged), ignore_errors=True)
-            raise
-
-    def _still(self) -> str:
-        digests = self._history()
-        return f"the release {digests[0][:12]} stays in use" if digests else "nothing was activated"
+    # -- what is here ------------------------------------------------------------------------------------------
 
     def status(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         python = serving_python(self.store, request.get("python"))
         return {"facts": facts(self.store.root, python), "models": self.store.status()}
 
+    def history(self, request: Mapping[str, Any]) -> Dict[str, Any]:
+        name = request["name"]
+        return {"events": self.store.events(name), "releases": self.store.digests(name)}
+
     def rollback(self, request: Mapping[str, Any]) -> Dict[str, Any]:
-        return {"digest": self.store.rollback(str(request["name"]))}
+        with self.changing(request, f"a rollback of {request['name']}"):
+            return {"digest": self.store.rollback(request["name"], request["digest"], request["who"])}
+
+    def confirm(self, request: Mapping[str, Any]) -> Dict[str, Any]:
+        with self.changing(request, f"a confirmation of {request['name']}"):
+            return {"digest": self.store.confirm(request["name"], who=request["who"])}
+
+    def collect(self, request: Mapping[str, Any]) -> Dict[str, Any]:
+        with self.changing(request, "a collection"):
+            for name in self.store.names() if request["name"] is None else [request["name"]]:
+                self.store.keep_only(name, request["keep"])
+            return {"freed": self.store.collect(all_staging=True)}
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+def _is_valid(name: str, value: Any, kinds: Tuple[type, ...]) -> bool:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        return False
+    return not name.endswith("_s") or value is None or 0 <= float(str(value)) <= LONGEST_S  # which NaN is not
 
 
 def _device_error(error: OSError, root: Path) -> DeviceError:
@@ -276,62 +274,32 @@ def _device_error(error: OSError, root: Path) -> DeviceError:
     return DeviceError(f"the device reports: {error}")
 
 
-def serving_python(store: Store, wanted: Optional[str]) -> str:
-    """The Python that runs models: the one asked for, else the store's own environment, else this one."""
-    own = store.root / "venv" / "bin" / "python"
-    if wanted:
-        return str(Path(wanted).expanduser())
-    return str(own) if own.exists() else sys.executable
+class Patient:
+    """A stream that gives up when nothing comes for ``silence_s`` seconds. For the main thread only."""
 
+    def __init__(self, stream: BinaryIO, silence_s: float = SILENCE_S) -> None:
+        self.stream, self.silence_s = stream, silence_s
+        signal.signal(signal.SIGALRM, self._give_up)
 
-def facts(root: Path, python: str) -> Dict[str, Any]:
-    """What the device is: compared on the host with what the bundle needs, before any file is sent."""
-    return {
-        "architecture": platform.machine(),
-        "cpu_features": cpu_features(),
-        "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
-        "free_bytes": max(0, free_bytes(root) - RESERVE_BYTES),
-        "serving_python": python,
-        **engines(python),
-    }
+    def readline(self, most: int) -> bytes:
+        with self._clock():
+            return self.stream.readline(most)
 
+    def read1(self, most: int) -> bytes:
+        with self._clock():
+            return self.stream.read1(most)  # type: ignore[attr-defined,no-any-return]
 
-def free_bytes(root: Path) -> int:
-    """Free space for this user where ``root`` is, or will be made."""
-    while not root.exists():
-        root = root.parent
-    numbers = os.statvfs(str(root))
-    return numbers.f_bavail * numbers.f_frsize
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        signal.setitimer(signal.ITIMER_REAL, self.silence_s)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
-
-def cpu_features(path: str = "/proc/cpuinfo") -> List[str]:
-    """Flags (x86) or Features (ARM) of the first processor that lists any."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return value.split()
-    return []
-
-
-def engines(python: str) -> Dict[str, Any]:
-    """Version and engine packages of the serving Python. Raises DeviceError when it does not start."""
-    try:
-        done = subprocess.run(
-            [python, "-c", ENGINES_SCRIPT],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            timeout=60,
-            check=False,
-        )
-        found: Dict[str, Any] = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise DeviceError(f"cannot start {python} on the device ({error}); name its Python with --python") from None
-    return found
+    def _give_up(self, number: int, frame: object) -> None:
+        raise DeviceError(f"the host said nothing for {self.silence_s:g} s; push again, it goes on from here")
 
 
 def main() -> None:
-    Receiver(sys.stdin.buffer, sys.stdout.buffer).serve()
+    Receiver(Patient(sys.stdin.buffer), sys.stdout.buffer).serve()

@@ -1,0 +1,167 @@
+"""The files of a bundle on their way into a store: received, or copied from a release that has the same.
+
+They gather in the store's ``staging`` folder, from where an interrupted push goes on. Standard library only, Python
+>= 3.8: a push sends this file along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set
+
+from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle
+from edge_infer.errors import BundleError, DeviceError, UsageError
+from edge_infer.manifest import MANIFEST_NAME, FileEntry, Manifest
+from edge_infer.store import Store
+
+#: Of what an interrupted push left, each piece of so many bytes is compared with the host's.
+PIECE_BYTES = 1024 * 1024
+#: How much of a piece's SHA-256 is compared, in hexadecimal digits. The whole file's is checked in full later.
+PIECE_DIGITS = 16
+
+
+class Incoming:
+    """The bundle with this manifest and digest, on its way into ``store``."""
+
+    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
+        self.store, self.manifest, self.digest = store, manifest, digest
+        self._folder = store.root / "staging" / digest
+        self._right: Set[str] = set()  # files whose hash was found right while they arrived
+
+    def have(self) -> Dict[str, Dict[str, Any]]:
+        """Of each file that is staged in part or whole: its bytes, and the hash of each piece of them."""
+        found = {}
+        for name, entry in self.manifest.files.items():
+            size = min(_size(self._folder / name), entry.size)
+            if size >= 0:
+                found[name] = {"size": size, "pieces": piece_hashes(self._folder / name, size)}
+        return found
+
+    def copies(self) -> List[str]:
+        """Files that need not be sent since another release has the same."""
+        return [name for name, entry in self.manifest.files.items() if self._same_file(entry) is not None]
+
+    def _same_file(self, wanted: FileEntry) -> Optional[Path]:
+        for digest in known_digests(self.store, self.manifest.name):
+            try:
+                bundle = open_bundle(self.store.release(self.manifest.name, digest))
+            except (OSError, BundleError, UsageError):
+                continue
+            for name, entry in bundle.manifest.files.items():
+                if entry == wanted and hash_file(bundle.file(name)) == wanted.sha256:
+                    return bundle.file(name)
+        return None
+
+    def receive(self, name: str, offset: int, size: int, source: Any) -> None:
+        """Put the next ``size`` bytes of ``source``, a stream with ``read1``, into the staged file ``name``.
+
+        They go to ``offset``; what was there beyond it goes. Raises DeviceError for bytes that the manifest has no
+        place for, and when ``source`` ends before.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None or offset < 0 or size < 0 or offset + size > entry.size:
+            raise DeviceError(
+                f"the host sent bytes {offset} to {offset + size} of {name!r}, which are not in the manifest"
+            )
+        self._right.discard(name)
+        path = self.store.staging(self.digest) / name
+        descriptor = os.open(str(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            hashed = _hash_start(file, offset)
+            file.truncate(offset)
+            file.seek(offset)
+            while size:
+                # What has come so far, and not a whole chunk: what is written is not lost with the connection.
+                data = source.read1(min(CHUNK_BYTES, size))
+                if not data:
+                    raise DeviceError("the connection ended in the middle of a file; push again, it goes on from here")
+                _write_all(file, data)
+                hashed.update(data)
+                size -= len(data)
+        if hashed.hexdigest() == entry.sha256:
+            self._right.add(name)
+
+    def admit(self) -> None:
+        """Complete the staged folder and move it among the releases. Raises BundleError when a file is damaged.
+
+        Files found damaged are removed, so that the next push sends them anew, and the others not.
+        """
+        staged = self.store.staging(self.digest)
+        for name, entry in self.manifest.files.items():
+            if _size(staged / name) != entry.size:
+                same = self._same_file(entry)
+                if same is not None:
+                    _remove_file(staged / name)
+                    shutil.copyfile(str(same), str(staged / name))
+        _remove_file(staged / MANIFEST_NAME)
+        (staged / MANIFEST_NAME).write_bytes(self.manifest.to_bytes())
+        try:
+            self.store.admit(staged, self.manifest.name, self.digest, self._right)
+        except BundleError:
+            self._remove_damaged(staged)
+            raise
+
+    def _remove_damaged(self, staged: Path) -> None:
+        wanted = self.manifest.files
+        for path in staged.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(str(path), ignore_errors=True)
+            elif path.is_symlink() or path.name not in wanted or not _is_part(path, wanted[path.name]):
+                path.unlink()
+
+
+def piece_hashes(path: Path, size: int) -> List[str]:
+    """The beginning of the SHA-256 of each piece of the first ``size`` bytes of a file."""
+    found = []
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        for start in range(0, size, PIECE_BYTES):
+            data = file.read(min(PIECE_BYTES, size - start))
+            found.append(hashlib.sha256(data).hexdigest()[:PIECE_DIGITS])
+    return found
+
+
+def known_digests(store: Store, name: str) -> List[str]:
+    """As the store has it; none when the pointer is damaged, which a push mends."""
+    try:
+        return store.digests(name)
+    except BundleError:
+        return []
+
+
+def _is_part(path: Path, entry: FileEntry) -> bool:
+    """Whether a staged file may still become what the manifest wants."""
+    size = _size(path)
+    return 0 <= size < entry.size or (size == entry.size and hash_file(path) == entry.sha256)
+
+
+def _hash_start(file: Any, size: int) -> Any:
+    """The SHA-256 of the first ``size`` bytes, ready for more. Raises DeviceError when there are fewer."""
+    hashed = hashlib.sha256()
+    while size:
+        data = file.read(min(CHUNK_BYTES, size))
+        if not data:
+            raise DeviceError("the host goes on where nothing was received yet; push again")
+        hashed.update(data)
+        size -= len(data)
+    return hashed
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _remove_file(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a plain file that is no link, else -1."""
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1
