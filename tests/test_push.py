@@ -449,14 +449,73 @@ def test_the_application_may_confirm_while_the_health_command_runs(device, onnx)
 
 
 def test_a_host_that_says_nothing_lets_go_of_the_store(local, onnx, monkeypatch):
-    program = payload().replace(b"SILENCE_S = 120.0", b"SILENCE_S = 0.5").split(b"\n", 1)[1]
-    monkeypatch.setattr(conversation, "payload", lambda: b"%d\n" % len(program) + program)
-    with contextlib.closing(local.transport()) as transport, Conversation(transport) as silent:
+    main = 'sys.modules["edge_infer.deploy.receiver"].main()'
+    short = main.replace("main()", "SILENCE_S = 0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation, "LOADER", conversation.LOADER.replace(main, f"{short}\n{main}"))
+        silent = Conversation(local.transport())
+    with silent:
         silent.ask("begin", **beginning(onnx))
-        monkeypatch.undo()
         assert local.push(onnx, wait_s=20).digest == onnx.digest
         with pytest.raises(DeviceError, match=r"said nothing for 0\.5 s"):
             silent.ask("finish", **FINISH)
+
+
+# -- the golden gate ---------------------------------------------------------------------------------------------------
+
+#: A Python that serves with the engine of these tests, whose process meets with something on the way to the answers.
+FAULTS = {
+    "illegal instruction": (
+        "import ctypes, mmap\n"
+        "code = mmap.mmap(-1, 4096, prot=7)\n"
+        "code.write(bytes.fromhex({'x86_64': '0f0b', 'aarch64': '00000000'}[os.uname().machine]))\n"
+        "ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()\n"
+    ),
+    "too little memory": "import resource\nresource.setrlimit(resource.RLIMIT_DATA, (40_000_000, 40_000_000))\n",
+    "killed": "import signal\nos.kill(os.getpid(), signal.SIGKILL)\n",
+    "hangs": "import time\ntime.sleep(60)\n",
+    "wrong engine version": (
+        "import onnxruntime\n"
+        "def refuse(*arguments, **options):\n"
+        "    raise RuntimeError('Unsupported model IR version: 10, max supported IR version: 9')\n"
+        "onnxruntime.InferenceSession = refuse\n"
+    ),
+}
+
+
+def python_with(fault: str, folder: Path) -> Path:
+    """This Python, but what it runs as ``-m edge_infer selftest`` meets with the fault first."""
+    (folder / "fault.py").write_text(
+        f"import os, runpy, sys\n{FAULTS[fault]}\nrunpy.run_module('edge_infer', run_name='__main__')\n"
+    )
+    python = folder / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$3" = selftest ] && shift 2 && exec {PYTHON} {folder}/fault.py "$@"\nexec {PYTHON} "$@"\n'
+    )
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("illegal instruction", "SIGILL: illegal instruction: this engine build does not fit the processor"),
+        ("too little memory", "[Mm]emory"),
+        ("killed", "SIGKILL: it was killed, most likely for lack of memory"),
+        ("hangs", "no answer within 8 s"),
+        ("wrong engine version", "Unsupported model IR version"),
+    ],
+)
+def test_what_the_golden_gate_finds_is_named_and_leaves_the_old_model(local, onnx, onnx_int8, tmp_path, fault, words):
+    local.push(onnx)
+    python = python_with(fault, tmp_path)
+    with pytest.raises(SelfTestFailed, match=words) as caught:
+        local.push(onnx_int8, python=str(python), timeout_s=8 if fault == "hangs" else 120)
+    assert str(caught.value).endswith(f"; the release {onnx.digest[:12]} stays in use")
+    assert local.current("digits").digest == onnx.digest
+    assert not Store(local.store).release("digits", onnx_int8.digest).exists()
+    refused = Store(local.store).events("digits")[-1]
+    assert (refused["event"], refused["digest"]) == ("refused", onnx_int8.digest)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -474,6 +533,33 @@ def test_push_status_and_rollback_by_command(device, onnx, onnx_int8, capsys):
     address, *options = device.arguments
     assert main(["rollback", address, "digits", *options]) == 0
     assert device.current("digits").digest == onnx.digest
+
+
+def test_trial_history_and_collection_by_command(device, onnx, onnx_int8, packaged, capsys):
+    address, *options = device.arguments
+    push_, python = ["push", address, *options], ["--python", PYTHON]
+    assert main([*push_[:1], str(onnx.path), *push_[1:], *python]) == 0
+    assert main([*push_[:1], str(onnx_int8.path), *push_[1:], *python, "--confirm-within", "60", "--keep", "3"]) == 0
+    assert "; on trial: it goes back in " in capsys.readouterr().out
+    assert main(["status", address, *options, *python]) == 0
+    assert "on trial, " in capsys.readouterr().out
+    assert main(["confirm", address, "digits", *options]) == 0
+    assert capsys.readouterr().out == f"digits stays {onnx_int8.digest[:12]}\n"
+    half = packaged(SOURCES["onnx"], "onnx", "float16")
+    assert main([*push_[:1], str(half.path), *push_[1:], *python, "--keep", "3"]) == 0
+    assert main(["rollback", address, "digits", "--to", onnx.digest[:8], *options]) == 0
+    assert main([*push_[:1], str(onnx_int8.path), *push_[1:], *python]) == 0
+    capsys.readouterr()
+    assert main(["history", address, "digits", *options, "--json"]) == 0
+    events = json.loads(capsys.readouterr().out)["events"]
+    assert [row["event"] for row in events] == [
+        "activated", "on trial", "confirmed", "activated", "rolled back", "activated",
+    ]  # fmt: skip
+    assert main(["history", address, "digits", *options]) == 0
+    assert "rolled back" in capsys.readouterr().out
+    assert main(["gc", address, "--keep", "1", *options]) == 0
+    assert "KB freed" in capsys.readouterr().out
+    assert Store(device.store).digests("digits") == [onnx_int8.digest]
 
 
 def test_a_dry_run_prints_the_steps_that_the_run_takes(device, onnx, capsys):
@@ -600,7 +686,7 @@ def test_a_link_in_the_staging_folder_is_not_followed(tmp_path, onnx):
 def test_the_receiver_needs_only_itself(local):
     """Python's isolated mode without site-packages: what is sent along is all there is."""
     assert isinstance(local.transport(), LocalTransport)
-    from edge_infer.deploy.conversation import BOOTSTRAP, payload
+    from edge_infer.deploy.conversation import BOOTSTRAP
 
     request = json.dumps({"op": "status", "store": str(local.store)}).encode() + b"\n"
     done = subprocess.run(

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ MODULES = (
 LAST_WORDS_S = 1.0
 
 #: All that stands on the command line: it reads its length, then itself.
-BOOTSTRAP = "import sys; f = sys.stdin.buffer; exec(f.read(int(f.readline())))"
+BOOTSTRAP = "import sys, zlib; f = sys.stdin.buffer; exec(zlib.decompress(f.read(int(f.readline()))))"
 
 #: Puts the modules into sys.modules under their own names, so that they import each other as on the host.
 LOADER = """
@@ -68,9 +69,9 @@ def open_transport(address: str, **ssh_options: Any) -> Transport:
 
 
 def payload() -> bytes:
-    """The receiver and what it needs, as one program with its length before it."""
+    """The receiver and what it needs, as one compressed program with its length before it."""
     sources = [(name, inspect.getsource(importlib.import_module(name))) for name in MODULES]
-    program = LOADER.replace("{sources!r}", repr(sources)).encode()
+    program = zlib.compress(LOADER.replace("{sources!r}", repr(sources)).encode(), 9)
     return b"%d\n" % len(program) + program
 
 

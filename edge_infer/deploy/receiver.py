@@ -277,7 +277,7 @@ def _device_error(error: OSError, root: Path) -> DeviceError:
 class Patient:
     """A stream that gives up when nothing comes for ``silence_s`` seconds. For the main thread only."""
 
-    def __init__(self, stream: BinaryIO, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, stream: BinaryIO, silence_s: float) -> None:
         self.stream, self.silence_s = stream, silence_s
         signal.signal(signal.SIGALRM, self._give_up)
 
@@ -302,4 +302,4 @@ class Patient:
 
 
 def main() -> None:
-    Receiver(Patient(sys.stdin.buffer), sys.stdout.buffer).serve()
+    Receiver(Patient(sys.stdin.buffer, SILENCE_S), sys.stdout.buffer).serve()
