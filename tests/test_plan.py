@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_infer import errors
-from edge_infer.deploy.plan import Wish, make_plan
+from edge_infer.deploy.plan import PushOptions, make_plan
 from edge_infer.manifest import Artifact, FileEntry, Golden, Manifest, Requirement, TargetFacts, TensorSpec
 
 PLANS = sorted((Path(__file__).parent / "data" / "plans").glob("*.json"))
@@ -57,7 +57,7 @@ ANSWER = {"present": False, "have": {}, "copies": [], "releases": [], "reclaimab
 def test_plan(path: Path) -> None:
     case = json.loads(path.read_text())
     answer = {**ANSWER, **case.get("answer", {}), "facts": {**FACTS, **case.get("facts", {})}}
-    asked = (MANIFEST, DIGEST, answer, case.get("starts", {}), Wish(**case.get("wish", {})))
+    asked = (MANIFEST, DIGEST, answer, case.get("starts", {}), PushOptions(**case.get("options", {})))
     if "refused" in case:
         with pytest.raises(getattr(errors, case["type"])) as caught:
             make_plan(*asked)

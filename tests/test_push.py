@@ -27,7 +27,7 @@ from edge_infer.deploy import conversation
 from edge_infer.deploy.conversation import Conversation, open_transport, payload
 from edge_infer.deploy.incoming import PIECE_BYTES
 from edge_infer.deploy.local import LocalTransport
-from edge_infer.deploy.plan import Wish
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import confirm, push, rollback, status
 from edge_infer.deploy.receiver import Receiver
 from edge_infer.deploy.transport import Transport
@@ -55,8 +55,8 @@ class Device:
 
     def push(self, bundle: Bundle, **options: object) -> object:
         with contextlib.closing(self.transport()) as transport:
-            wish = {name: options.pop(name) for name in list(options) if name not in ("dry_run", "progress")}
-            return push(bundle, transport, Wish(**{"python": PYTHON, **wish}), **options)  # type: ignore[arg-type]
+            how = {name: options.pop(name) for name in ("dry_run", "progress") if name in options}
+            return push(bundle, transport, PushOptions(**{"python": PYTHON, **options}), **how)  # type: ignore[arg-type]
 
     def answer(self, name: str, image: np.ndarray) -> np.ndarray:
         with load(self.current(name).path) as session:

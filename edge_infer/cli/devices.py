@@ -137,11 +137,11 @@ def _transport(args: argparse.Namespace, address: str) -> Any:
     return open_transport(address, **ssh_options(args))
 
 
-def wish_of(args: argparse.Namespace) -> Any:
+def push_options(args: argparse.Namespace) -> Any:
     """What the options of a push ask for. Raises UsageError."""
-    from edge_infer.deploy.plan import Wish
+    from edge_infer.deploy.plan import PushOptions
 
-    return Wish(
+    return PushOptions(
         python=args.python,
         store=args.store,
         keep=args.keep,
@@ -157,8 +157,8 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     """Push to each device in turn; one that fails does not keep the others from theirs."""
     from edge_infer.bundle import open_bundle
 
-    bundle, wish = open_bundle(args.bundle), wish_of(args)
-    rows = [_push_one(args, bundle, wish, address) for address in args.devices]
+    bundle, options = open_bundle(args.bundle), push_options(args)
+    rows = [_push_one(args, bundle, options, address) for address in args.devices]
     failed = any(row.get("error") for row in rows)
     return {
         "name": bundle.manifest.name,
@@ -168,13 +168,13 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _push_one(args: argparse.Namespace, bundle: Any, wish: Any, address: str) -> dict[str, Any]:
+def _push_one(args: argparse.Namespace, bundle: Any, options: Any, address: str) -> dict[str, Any]:
     from edge_infer.deploy.push import push
 
     transport = _transport(args, address)
     try:
         with console.progress_line() as progress:
-            pushed = push(bundle, transport, wish, dry_run=args.dry_run, progress=progress)
+            pushed = push(bundle, transport, options, dry_run=args.dry_run, progress=progress)
     except EdgeInferError as error:
         if error.exit_status != EXIT_DEVICE:  # the bundle or the request is wrong, and so for every device
             raise

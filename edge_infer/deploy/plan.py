@@ -22,7 +22,7 @@ HEALTH_S = 60.0
 
 
 @dataclass(frozen=True)
-class Wish:
+class PushOptions:
     """What is asked of a push beside the bundle.
 
     ``python``: the device's Python with edge-infer and an engine (default: the store's ``venv``, else ``python3``).
@@ -69,7 +69,7 @@ class Step:
 
 
 def make_plan(
-    manifest: Manifest, digest: str, answer: Mapping[str, Any], starts: Mapping[str, int], wish: Wish
+    manifest: Manifest, digest: str, answer: Mapping[str, Any], starts: Mapping[str, int], options: PushOptions
 ) -> list[Step]:
     """The steps of a push, given the receiver's answer to ``begin``.
 
@@ -83,9 +83,9 @@ def make_plan(
     room = _make_room(manifest, answer)
     steps = [Step("keep", f"release {digest[:12]}")] if answer["present"] else [*room, *files]
     steps.append(Step("self-test", f"{digest[:12]} with {facts['serving_python']}"))
-    if wish.tune:
+    if options.tune:
         steps.append(Step("tune", digest[:12]))
-    return [*steps, *_activation(manifest.name, wish)]
+    return [*steps, *_activation(manifest.name, options)]
 
 
 def _file_step(manifest: Manifest, name: str, answer: Mapping[str, Any], starts: Mapping[str, int]) -> Step:
@@ -111,11 +111,11 @@ def _make_room(manifest: Manifest, answer: Mapping[str, Any]) -> list[Step]:
     return [Step("make room", "by removing what other pushes left behind", reclaimable)]
 
 
-def _activation(name: str, wish: Wish) -> list[Step]:
-    if wish.confirm_within_s is None:
+def _activation(name: str, options: PushOptions) -> list[Step]:
+    if options.confirm_within_s is None:
         return [Step("activate", name)]
-    steps = [Step("try", f"{name} for {wish.confirm_within_s:g} s")]
-    return steps if wish.health is None else [*steps, Step("await", f"success of `{wish.health}`")]
+    steps = [Step("try", f"{name} for {options.confirm_within_s:g} s")]
+    return steps if options.health is None else [*steps, Step("await", f"success of `{options.health}`")]
 
 
 def check_device(manifest: Manifest, facts: Mapping[str, Any]) -> None:

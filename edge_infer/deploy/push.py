@@ -13,7 +13,7 @@ from edge_infer.admission import TIMEOUT_S
 from edge_infer.bundle import Bundle, verify
 from edge_infer.deploy.conversation import Conversation, myself
 from edge_infer.deploy.incoming import PIECE_BYTES, PIECE_DIGITS
-from edge_infer.deploy.plan import Step, Wish, make_plan
+from edge_infer.deploy.plan import PushOptions, Step, make_plan
 from edge_infer.deploy.transport import Transport
 from edge_infer.store import KEEP
 
@@ -39,7 +39,7 @@ class Pushed:
 def push(
     bundle: Bundle,
     transport: Transport,
-    wish: Wish | None = None,
+    options: PushOptions | None = None,
     *,
     dry_run: bool = False,
     progress: Progress = lambda step: None,
@@ -49,11 +49,11 @@ def push(
     Raises BundleError when the bundle here is damaged, EngineMissing, SelfTestFailed or another DeviceError when the
     device refuses; in all cases it goes on with the release it had.
     """
-    wish = wish or Wish()
+    options = options or PushOptions()
     verify(bundle, mode="full")
     progress("asking the device")
-    with Conversation(transport, wish.store) as device:
-        answer, steps = _begin(device, bundle, wish)
+    with Conversation(transport, options.store) as device:
+        answer, steps = _begin(device, bundle, options)
         current = answer["releases"][0] if answer["releases"] else None
         pushed = Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
         if dry_run:
@@ -62,20 +62,20 @@ def push(
         progress("; ".join(str(step) for step in steps if step.action in ("self-test", "tune", "await")))
         done = device.ask(
             "finish",
-            timeout_s=wish.timeout_s,
-            tune=wish.tune,
-            keep=wish.keep,
-            confirm_within_s=wish.confirm_within_s,
-            health=wish.health,
+            timeout_s=options.timeout_s,
+            tune=options.tune,
+            keep=options.keep,
+            confirm_within_s=options.confirm_within_s,
+            health=options.health,
         )
     return replace(pushed, sent_bytes=sent, report=done["report"], tuned=done["tuned"], pending_s=done["pending_s"])
 
 
-def _begin(device: Conversation, bundle: Bundle, wish: Wish) -> tuple[Mapping[str, Any], list[Step]]:
+def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> tuple[Mapping[str, Any], list[Step]]:
     """What the device answers, and the steps that follow from it."""
     text = bundle.manifest.to_bytes().decode()
-    answer = device.ask("begin", manifest=text, python=wish.python, who=myself(), wait_s=wish.wait_s)
-    return answer, make_plan(bundle.manifest, bundle.digest, answer, sound_starts(bundle, answer["have"]), wish)
+    answer = device.ask("begin", manifest=text, python=options.python, who=myself(), wait_s=options.wait_s)
+    return answer, make_plan(bundle.manifest, bundle.digest, answer, sound_starts(bundle, answer["have"]), options)
 
 
 def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
@@ -115,7 +115,7 @@ def measuring(
     device serves stays as it is.
     """
     with Conversation(transport) as device:
-        _, steps = _begin(device, bundle, Wish(python=python))
+        _, steps = _begin(device, bundle, PushOptions(python=python))
         _send(device, bundle, steps)
         yield lambda runs: device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
         device.end()
