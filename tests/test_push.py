@@ -442,6 +442,15 @@ def test_a_health_command_that_passes_confirms(device, onnx, onnx_int8, tmp_path
     assert Store(device.store).events("digits")[-1]["who"] == "the health command"
 
 
+def test_a_script_on_the_device_confirms_by_name(local, onnx, onnx_int8):
+    local.push(onnx)
+    local.push(onnx_int8, confirm_within_s=60)
+    command = [PYTHON, "-m", "edge_infer", "confirm", "digits"]
+    done = subprocess.run(command, env={**os.environ, "EDGE_INFER_HOME": str(local.store)}, capture_output=True)
+    assert done.stdout.decode() == f"digits stays {onnx_int8.digest[:12]}\n"
+    assert Store(local.store).pointer("digits").pending is None
+
+
 def test_the_application_may_confirm_while_the_health_command_runs(device, onnx):
     command = f"{PYTHON} -c 'import edge_infer; edge_infer.confirm(\"digits\")'; exit 1"
     pushed = device.push(onnx, health=command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from edge_infer.deploy.transport import Transport
 from edge_infer.store import KEEP
 
 Progress = Callable[[str], None]
+#: How often the share of a file that has gone is told.
+SHARES_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,22 @@ def _send(device: Conversation, bundle: Bundle, steps: list[Step], progress: Pro
             device.send("make-room")
         elif step.action == "send":
             progress(str(step))
-            sent += device.send_file(step.subject, bundle.file(step.subject), step.offset)
+            sent += device.send_file(step.subject, bundle.file(step.subject), step.offset, _Shares(step, progress))
     return sent
+
+
+class _Shares:
+    """Tells of a file that takes longer what share of it has gone."""
+
+    def __init__(self, step: Step, progress: Progress) -> None:
+        self._step, self._progress = step, progress
+        self._gone, self._told = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._gone += count
+        if time.monotonic() - self._told >= SHARES_S:
+            self._told = time.monotonic()
+            self._progress(f"{self._step}: {self._gone / self._step.size:.0%}")
 
 
 @contextmanager

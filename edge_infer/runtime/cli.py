@@ -196,6 +196,12 @@ def _prepare(args: argparse.Namespace) -> Any:
     return _commands().prepare(args.bundle, args.folder, args.provider, args.prepack)
 
 
+def _confirm(args: argparse.Namespace) -> Any:
+    from edge_infer.runtime.confirmation import confirm
+
+    return {"name": args.name, "digest": confirm(args.name)}
+
+
 def _selftest(args: argparse.Namespace) -> Any:
     _commands().memory.be_killed_first()
     if args.max_memory:
@@ -218,6 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     selftest.add_argument("--json", action="store_true")
     selftest.add_argument("--max-memory", type=positive, metavar="BYTES", help="private memory, Python's own included")
     selftest.set_defaults(call=_selftest, show=print_plain)
+    confirm = commands.add_parser("confirm", help="keep the release of a model that a push put on trial")
+    confirm.add_argument("name", help="of a model in this device's store")
+    confirm.add_argument("--json", action="store_true")
+    confirm.set_defaults(call=_confirm, show=lambda answer: print(f"{answer['name']} stays {answer['digest'][:12]}"))
     prepare = commands.add_parser("prepare", help="make what the engine maps from then on (`load` does it by itself)")
     prepare.add_argument("bundle", type=Path)
     prepare.add_argument("folder", type=Path)
