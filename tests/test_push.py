@@ -446,7 +446,8 @@ def test_a_script_on_the_device_confirms_by_name(local, onnx, onnx_int8):
     local.push(onnx)
     local.push(onnx_int8, confirm_within_s=60)
     command = [PYTHON, "-m", "edge_infer", "confirm", "digits"]
-    done = subprocess.run(command, env={**os.environ, "EDGE_INFER_HOME": str(local.store)}, capture_output=True)
+    environment = {**os.environ, "EDGE_INFER_HOME": str(local.store)}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
     assert done.stdout.decode() == f"digits stays {onnx_int8.digest[:12]}\n"
     assert Store(local.store).pointer("digits").pending is None
 
