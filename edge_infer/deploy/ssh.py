@@ -27,6 +27,7 @@ from edge_infer.errors import DeviceError
 
 # After ssh_route, which says how to install it when it is missing.
 import paramiko  # isort: skip
+from edge_infer.deploy.ssh_connection import Connection  # isort: skip
 
 KEEPALIVE_S = 15
 #: Seconds that sent data may stay unacknowledged before a silent device counts as lost.
@@ -57,9 +58,7 @@ def _connect(hop: Hop, through: paramiko.Transport | None) -> paramiko.Transport
     """A connection to ``hop``, verified and logged in, on its own or through a jump host's. Raises DeviceError."""
     with _reported(hop):
         stream = _stream(hop, through)
-        connection = paramiko.Transport(
-            stream, disabled_algorithms={"keys": WEAK_SIGNATURES, "pubkeys": WEAK_SIGNATURES}
-        )
+        connection = Connection(stream, disabled_algorithms={"keys": WEAK_SIGNATURES, "pubkeys": WEAK_SIGNATURES})
         try:
             _agree_on_keys(connection, hop)
             _log_in(connection, hop)
