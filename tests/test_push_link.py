@@ -21,6 +21,7 @@ from link import Link
 from sshd import SshServer, make_key
 
 from edge_infer.bundle import Bundle
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import Pushed, push
 from edge_infer.deploy.ssh import SshTransport
 from edge_infer.deploy.transport import SLICE_BYTES
@@ -76,7 +77,7 @@ def push_over(link: Link, server: SshServer, bundle: Bundle, *lines: str) -> Pus
     config = server.directory / "link_config"
     config.write_text(server.alias_block(*lines, f"Port {link.port}", f"HostKeyAlias {server.known_name}"), "utf-8")
     with contextlib.closing(SshTransport(server.alias, ssh_config=config)) as transport:
-        return push(bundle, transport, python=sys.executable)
+        return push(bundle, transport, PushOptions(python=sys.executable, wait_s=10))
 
 
 def round_trips(

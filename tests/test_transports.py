@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ssh_client import agent_with, connect_to, eventually, private_home, python, read_all, refusal, run
 from sshd import SshServer, free_port, make_key, public_key
 
 from edge_infer.deploy import ssh_route
@@ -31,21 +32,6 @@ ECHO_AT_END = "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
 ROOT = Path(__file__).parents[1]
 
 
-def python(code: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-I", "-S", "-c", code, *arguments]
-
-
-def read_all(process: Process) -> bytes:
-    return b"".join(iter(process.readline, b""))
-
-
-def eventually(is_so: Callable[[], bool], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return is_so()
-
-
 def is_running(pid: int) -> bool:
     """Whether the process still does something; one that nobody has waited for yet does not."""
     try:
@@ -56,12 +42,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No key, agent or ssh_config of whoever runs the tests takes part."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    (tmp_path / "home" / ".ssh").mkdir(parents=True)
-    monkeypatch.setattr(ssh_route, "GLOBAL_KNOWN_HOSTS", tmp_path / "no_such_file")
-    return tmp_path / "home"
+    return private_home(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +60,6 @@ def transport(request: pytest.FixtureRequest, server: SshServer, tmp_path: Path)
         made = SshTransport(server.alias, ssh_config=server.ssh_config)
     with closing(made):
         yield made
-
-
-def connect_to(server: SshServer, **options: Path | float) -> SshTransport:
-    """Not connected yet, by address; ``options`` replace the ones that would work."""
-    chosen = {"known_hosts": server.known_hosts, "identity": server.identity, **options}
-    return SshTransport(server.address, **chosen)
-
-
-def run(transport: Transport, command: list[str]) -> bytes:
-    with closing(transport), closing(transport.start(command)) as process:
-        output = read_all(process)
-        assert process.wait() == 0, process.errors()
-        return output
-
-
-def refusal(transport: Transport) -> str:
-    """The sentence a start is refused with."""
-    with closing(transport), pytest.raises(DeviceError) as caught:
-        transport.start(["true"])
-    sentence = str(caught.value)
-    assert "\n" not in sentence and len(sentence) < 1000
-    return sentence
 
 
 # -- the contract ------------------------------------------------------------------------------------------------------
@@ -480,26 +439,6 @@ def test_a_locked_key_is_named_and_no_passphrase_is_asked(server: SshServer, tmp
 def test_a_damaged_key_is_named(server: SshServer, tmp_path: Path) -> None:
     (tmp_path / "damaged").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n")
     assert f"{tmp_path / 'damaged'} cannot be used (" in refusal(connect_to(server, identity=tmp_path / "damaged"))
-
-
-@contextmanager
-def agent_with(directory: Path, *keys: Path) -> Iterator[None]:
-    """A running ssh-agent that holds ``keys``, all with the passphrase ``secret``."""
-    path = directory / "agent"
-    agent = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
-    try:
-        assert eventually(path.exists)
-        os.environ["SSH_AUTH_SOCK"] = str(path)
-        ask = directory / "ask"
-        ask.write_text("#!/bin/sh\necho secret\n")
-        ask.chmod(0o700)
-        environment = {**os.environ, "SSH_ASKPASS": str(ask), "SSH_ASKPASS_REQUIRE": "force"}
-        subprocess.run(["ssh-add", "-q", *keys], env=environment, check=True, capture_output=True)
-        yield
-    finally:
-        os.environ.pop("SSH_AUTH_SOCK", None)
-        agent.terminate()
-        agent.wait()
 
 
 def test_the_agent_opens_a_locked_key_and_others_of_it_are_kept_back(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 from edge_infer.errors import UsageError
+
+#: Those that turn now: they would overwrite a question.
+_spinners: list[Any] = []
 
 
 def print_table(
@@ -34,7 +37,27 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         return
     _, console_class = _rich()
     with console_class(stderr=True).status("starting") as status:
-        yield status.update
+        _spinners.append(status)
+        try:
+            yield status.update
+        finally:
+            _spinners.remove(status)
+
+
+def ask_secret(question: str) -> str | None:
+    """What the user types at the terminal, unseen, while spinners rest; None at the end of input."""
+    import getpass
+
+    resting = list(_spinners)
+    for spinner in resting:
+        spinner.stop()
+    try:
+        return getpass.getpass(question)
+    except EOFError:
+        return None
+    finally:
+        for spinner in resting:
+            spinner.start()
 
 
 def _rich() -> tuple[type, type]:

@@ -13,9 +13,12 @@ from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.cli import console
+from edge_infer.cli.passphrases import Passphrases
 from edge_infer.errors import EXIT_DEVICE, EdgeInferError
 from edge_infer.runtime.cli import positive
 from edge_infer.store import KEEP
+
+_passphrases = Passphrases()
 
 
 def add_commands(commands: Any) -> None:
@@ -124,11 +127,24 @@ def add_ssh_options(parser: Any) -> None:
     parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="instead of ~/.ssh/config")
     parser.add_argument("--known-hosts", type=Path, metavar="FILE", help="instead of ~/.ssh/known_hosts")
     parser.add_argument("--identity", type=Path, metavar="FILE", help="the key to log in with")
+    parser.add_argument(
+        "--accept-new",
+        action="store_true",
+        help="trust a host key that is not known yet, and write it to known_hosts; a changed one is still refused",
+    )
 
 
-def ssh_options(args: argparse.Namespace) -> dict[str, Path | None]:
-    """What ``open_transport`` takes besides the address."""
-    return {"ssh_config": args.ssh_config, "known_hosts": args.known_hosts, "identity": args.identity}
+def ssh_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``open_transport`` takes besides the address. A passphrase is asked for only if somebody can answer."""
+    someone = sys.stdin is not None and sys.stdin.isatty() and not args.json
+    return {
+        "ssh_config": args.ssh_config,
+        "known_hosts": args.known_hosts,
+        "identity": args.identity,
+        "accept_new": args.accept_new,
+        "ask_passphrase": _passphrases if someone else None,
+        "note": lambda sentence: print(f"{args.program}: {sentence}", file=sys.stderr, flush=True),
+    }
 
 
 def _transport(args: argparse.Namespace, address: str) -> Any:

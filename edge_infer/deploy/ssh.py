@@ -1,27 +1,31 @@
-"""A device reached over SSH: one connection, one exec channel for each command.
+"""A device reached over SSH: one connection, one exec channel for each command, or its SFTP.
 
-Host keys are strict: an unknown or changed key is refused at every hop and never learned. Only keys log in (files,
-their certificates, the agent); nothing asks for a password. ``~/.ssh/config`` is honoured for HostName, User, Port,
-IdentityFile, IdentitiesOnly, UserKnownHostsFile, HostKeyAlias, ProxyJump and ConnectTimeout, where an address does not
-say otherwise. Every failure is a DeviceError; a request that is wrong in itself is a UsageError.
+Host keys are strict at every hop: a changed or revoked key is refused, an unknown one too unless the caller accepts
+new ones, which are then written down. Host certificates count where known_hosts names their authority. Only keys log
+in (files, their certificates, the agent); nothing asks for a password. ``~/.ssh/config`` with what it includes is
+honoured for HostName, User, Port, IdentityFile, CertificateFile, IdentitiesOnly, UserKnownHostsFile, HashKnownHosts,
+HostKeyAlias, ProxyJump and ConnectTimeout, where an address does not say otherwise. Every failure is a DeviceError; a
+request that is wrong in itself is a UsageError.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import logging
 import shlex
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from edge_infer.deploy.local import ERRORS_BYTES, after_the_end, drain, ended_early, last_words, read_line
-from edge_infer.deploy.ssh_host_keys import KnownKey, fingerprint, known_keys, verify_host_key
+from edge_infer.deploy.ssh_certificates import CERTIFICATE
+from edge_infer.deploy.ssh_host_keys import AUTHORITY, KnownKey, known_keys, verify_host_key
+from edge_infer.deploy.ssh_login import AskPassphrase, log_in
 from edge_infer.deploy.ssh_route import TIMEOUT_S, Hop, Options, find_route, parse_address
+from edge_infer.deploy.ssh_silence import SILENCE_S, Packetizer, Watch, keep_alive
 from edge_infer.deploy.transport import SLICE_BYTES
 from edge_infer.errors import DeviceError
 
@@ -29,15 +33,21 @@ from edge_infer.errors import DeviceError
 import paramiko  # isort: skip
 from edge_infer.deploy.ssh_connection import Connection  # isort: skip
 
-KEEPALIVE_S = 15
-#: Seconds that sent data may stay unacknowledged before a silent device counts as lost.
-SILENCE_S = 45
-
-#: Allowed algorithms, the preferred first. AES-GCM leads: about twice as fast as the rest, and integrity is built in.
+#: Allowed algorithms, the preferred first; paramiko may know fewer. AES-GCM leads: about twice as fast as the rest, and
+#: integrity is built in.
+KEY_EXCHANGES = (
+    "mlkem768x25519-sha256",
+    "curve25519-sha256",
+    "curve25519-sha256@libssh.org",
+    "ecdh-sha2-nistp256",
+    "ecdh-sha2-nistp384",
+    "ecdh-sha2-nistp521",
+    "diffie-hellman-group16-sha512",
+    "diffie-hellman-group14-sha256",
+)
 CIPHERS = (
     "aes128-gcm@openssh.com",
     "aes256-gcm@openssh.com",
-    "chacha20-poly1305@openssh.com",
     "aes128-ctr",
     "aes192-ctr",
     "aes256-ctr",
@@ -54,18 +64,30 @@ WEAK_SIGNATURES = ("ssh-rsa", "ssh-dss", "ssh-rsa-cert-v01@openssh.com", "ssh-ds
 RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256")
 
 
-def _connect(hop: Hop, through: paramiko.Transport | None) -> paramiko.Transport:
+@dataclass(frozen=True)
+class User:
+    """Who is there while connecting: told of accepted keys, asked for passphrases, or None for nobody."""
+
+    note: Callable[[str], None] | None = None
+    ask_passphrase: AskPassphrase | None = None
+
+
+def _connect(hop: Hop, through: paramiko.Transport | None, user: User) -> paramiko.Transport:
     """A connection to ``hop``, verified and logged in, on its own or through a jump host's. Raises DeviceError."""
     with _reported(hop):
         stream = _stream(hop, through)
-        connection = Connection(stream, disabled_algorithms={"keys": WEAK_SIGNATURES, "pubkeys": WEAK_SIGNATURES})
+        connection = Connection(
+            stream,
+            disabled_algorithms={"keys": WEAK_SIGNATURES, "pubkeys": WEAK_SIGNATURES},
+            packetizer_class=Packetizer,
+        )
         try:
-            _agree_on_keys(connection, hop)
-            _log_in(connection, hop)
+            _agree_on_keys(connection, hop, user.note)
+            log_in(connection, hop, user.ask_passphrase)
         except BaseException:
             _end(connection)
             raise
-        connection.set_keepalive(KEEPALIVE_S)
+        keep_alive(connection)
         return connection
 
 
@@ -74,13 +96,13 @@ def _stream(hop: Hop, through: paramiko.Transport | None) -> socket.socket | par
         return through.open_channel("direct-tcpip", (hop.host, hop.port), ("127.0.0.1", 0), timeout=hop.timeout_s)
     stream = socket.create_connection((hop.host, hop.port), hop.timeout_s)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # paramiko sends keepalives but waits for no answer to them: the kernel has to notice a device that lost power.
+    # The kernel notices a device that lost power; ssh_silence, one that only hangs.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
     return stream
 
 
-def _agree_on_keys(connection: paramiko.Transport, hop: Hop) -> None:
+def _agree_on_keys(connection: paramiko.Transport, hop: Hop, note: Callable[[str], None] | None) -> None:
     known = known_keys(hop.known_hosts, hop.known_as)
     _restrict(connection.get_security_options(), known)
     connection.banner_timeout = connection.handshake_timeout = hop.timeout_s
@@ -88,17 +110,35 @@ def _agree_on_keys(connection: paramiko.Transport, hop: Hop) -> None:
     # Twice: the banner and the key exchange each have their own limit, whose error says more than this one's.
     connection.start_client(timeout=2 * hop.timeout_s)
     shown = connection.get_remote_server_key()
-    verify_host_key(hop, known, shown.get_name(), shown.asbytes())
+    _refuse_terrapin(connection, hop)
+    certificate = shown.public_blob.key_blob if shown.public_blob else b""
+    accepted = verify_host_key(hop, known, shown.get_name(), shown.asbytes(), certificate)
+    if accepted and note:
+        note(accepted)
+
+
+def _refuse_terrapin(connection: paramiko.Transport, hop: Hop) -> None:
+    """Raises DeviceError where somebody in between could drop messages unseen (CVE-2023-48795).
+
+    That takes a server that knows no strict key exchange, and encrypt-then-MAC; ChaCha20 and CBC are not offered.
+    """
+    pairs = ((connection.local_cipher, connection.local_mac), (connection.remote_cipher, connection.remote_mac))
+    if connection.agreed_on_strict_kex:
+        return
+    if any("gcm" not in cipher and "-etm@" in mac for cipher, mac in pairs):
+        raise DeviceError(f"{hop} can be attacked by Terrapin (CVE-2023-48795); update its SSH server or allow AES-GCM")
 
 
 def _restrict(options: paramiko.SecurityOptions, known: list[KnownKey]) -> None:
     options.ciphers = tuple(name for name in CIPHERS if name in options.ciphers)
     options.digests = tuple(name for name in MACS if name in options.digests)
-    options.kex = tuple(name for name in options.kex if not name.endswith("-sha1"))
+    options.kex = tuple(name for name in KEY_EXCHANGES if name in options.kex)
     # A server with several host keys shows the type asked for first: ask for one that can be verified.
-    kinds = [entry.kind for entry in known if not entry.revoked]
+    kinds = [entry.kind for entry in known if not entry.marker]
     wanted = [name for kind in kinds for name in (RSA_SIGNATURES if kind == "ssh-rsa" else (kind,))]
-    first = [name for name in dict.fromkeys(wanted) if name in options.key_types]
+    if any(entry.marker == AUTHORITY for entry in known):
+        wanted = [*(name + CERTIFICATE for name in options.key_types), *wanted]
+    first = [name for name in dict.fromkeys(wanted) if name in paramiko.Transport._key_info]
     options.key_types = (*first, *(name for name in options.key_types if name not in first))
 
 
@@ -142,112 +182,15 @@ def _sentence(hop: Hop, error: Exception) -> str:
     return text
 
 
-def _log_in(connection: paramiko.Transport, hop: Hop) -> None:
-    """Offer keys until one is accepted. Raises DeviceError when none is."""
-    tried: list[str] = []
-    locked: list[Path] = []
-    unusable: list[str] = []
-    with _open_agent() as agent:
-        for label, key in _candidates(hop, agent, locked, unusable):
-            tried.append(label)
-            if _accepted(connection, hop, key):
-                return
-            if not connection.is_active():
-                unusable.append("the server then ended the connection")
-                break
-    unusable += [f"{path} needs its passphrase: run `ssh-add {path}` first" for path in locked]
-    raise DeviceError(_refusal(hop, tried, unusable))
-
-
-@contextlib.contextmanager
-def _open_agent() -> Iterator[tuple[paramiko.AgentKey, ...]]:
-    """The keys in the user's agent; none when there is no agent or it does not answer."""
-    try:
-        agent = paramiko.Agent()
-    except (OSError, paramiko.SSHException):
-        yield ()
-        return
-    try:
-        yield agent.get_keys()
-    finally:
-        agent.close()
-
-
-def _candidates(
-    hop: Hop, agent: tuple[paramiko.AgentKey, ...], locked: list[Path], unusable: list[str]
-) -> Iterator[tuple[str, paramiko.PKey]]:
-    """Keys to offer with a name for each: files before the agent, which may hold more than a server lets one try.
-
-    Files that need a passphrase are noted in ``locked``, unless the agent has their key; others in ``unusable``.
-    """
-    offered: set[bytes] = set()
-    for path in filter(Path.is_file, hop.keys):
-        try:
-            key = paramiko.PKey.from_path(path)
-        except (TypeError, paramiko.PasswordRequiredException):  # TypeError is cryptography's, for an encrypted key
-            locked.append(path)
-            continue
-        except Exception as error:  # cryptography and paramiko raise a dozen kinds for a bad key
-            unusable.append(f"{path} cannot be used ({error})")
-            continue
-        offered.add(key.asbytes())
-        if key.public_blob is not None:
-            yield f"{path}-cert.pub", key
-            key.public_blob = None  # where the certificate is refused, the bare key may not be
-        yield str(path), key
-    yield from _agent_candidates(hop, agent, locked, offered)
-
-
-def _agent_candidates(
-    hop: Hop, agent: tuple[paramiko.AgentKey, ...], locked: list[Path], offered: set[bytes]
-) -> Iterator[tuple[str, paramiko.PKey]]:
-    wanted = {_public_half(path): path for path in locked}
-    for key in agent:
-        path = wanted.get(key.asbytes())
-        if path is not None:
-            locked.remove(path)
-        elif hop.only_these_keys or key.asbytes() in offered:
-            continue
-        yield f"{path or key.comment or fingerprint(key.asbytes())} (agent)", key
-
-
-def _public_half(path: Path) -> bytes | None:
-    """The public key in ``path``.pub, to recognise a locked key in the agent by; None when there is none."""
-    try:
-        return base64.b64decode(path.with_name(path.name + ".pub").read_text("utf-8").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _accepted(connection: paramiko.Transport, hop: Hop, key: paramiko.PKey) -> bool:
-    asked = time.monotonic()
-    try:
-        further = connection.auth_publickey(hop.user, key)
-    except paramiko.BadAuthenticationType as error:
-        methods = ", ".join(error.allowed_types)
-        raise DeviceError(f"{hop} lets {hop.user} log in by {methods} only, expected publickey; allow that") from error
-    except paramiko.AuthenticationException as error:
-        # To paramiko, no answer in time and the answer no are the same.
-        if time.monotonic() - asked >= connection.auth_timeout:
-            raise TimeoutError from error
-        return False
-    if further:
-        raise DeviceError(f"{hop} asks {hop.user} for more than a key ({', '.join(further)}), which is not supported")
-    return True
-
-
-def _refusal(hop: Hop, tried: list[str], notes: list[str]) -> str:
-    keys = f"tried {', '.join(tried)}" if tried else f"no key to try in {', '.join(map(str, hop.keys))} or the agent"
-    notes = [*notes, f"allow a key of yours with `ssh-copy-id -p {hop.port} {hop.user}@{hop.host}`"]
-    return f"{hop} refused the login of {hop.user}: {keys}; {'; '.join(notes)}"
-
-
 class SshTransport:
     """Runs commands on the device at ``address``, over one connection made on first use. Use it from one thread.
 
     ``ssh_config`` defaults to ``~/.ssh/config``; ``known_hosts`` to its UserKnownHostsFile or ``~/.ssh/known_hosts``,
     with ``/etc/ssh/ssh_known_hosts``; ``identity`` to its IdentityFile, the usual files and the agent; ``timeout_s``,
-    for each step of connecting, to its ConnectTimeout or 15. Raises UsageError for a malformed address.
+    for each step of connecting, to its ConnectTimeout or 15. ``accept_new``: the key of a host that is not known is
+    added to known_hosts, and ``note`` is told so in a sentence. ``ask_passphrase`` is asked for that of a locked key
+    (see ssh_login) when no other key logs in; without it, such a key is not used. Raises UsageError for a malformed
+    address.
     """
 
     def __init__(
@@ -258,10 +201,15 @@ class SshTransport:
         known_hosts: Path | None = None,
         identity: Path | None = None,
         timeout_s: float | None = None,
+        accept_new: bool = False,
+        ask_passphrase: AskPassphrase | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self.address = address
         self._target = parse_address(address)
-        self._options = Options(ssh_config, known_hosts, identity, timeout_s)
+        self._options = Options(ssh_config, known_hosts, identity, timeout_s, accept_new)
+        self._user = User(note, ask_passphrase)
+        self._watch: Watch | None = None
         self._route: list[Hop] = []
         self._connections: list[paramiko.Transport] = []
         # Without any handler, Python would print paramiko's own report of an error that is raised here anyway.
@@ -275,10 +223,11 @@ class SshTransport:
         try:
             for hop in self._route:
                 through = self._connections[-1] if self._connections else None
-                self._connections.append(_connect(hop, through))
+                self._connections.append(_connect(hop, through, self._user))
         except BaseException:
             self.close()
             raise
+        self._watch = Watch(self._connections)
 
     def start(self, command: list[str]) -> SshProcess:
         """Start ``command`` in the login shell there, quoted for a POSIX shell. Raises DeviceError and UsageError."""
@@ -293,6 +242,9 @@ class SshTransport:
 
     def close(self) -> None:
         """End the connection, and those to jump hosts. A later ``start`` would connect anew."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         while self._connections:
             _end(self._connections.pop())
 

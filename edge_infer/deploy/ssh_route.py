@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edge_infer.deploy.ssh_config import look_up, read_config
 from edge_infer.errors import DeviceError, UsageError
 
-try:
-    import paramiko
-except ImportError as missing:
-    raise UsageError(
-        f"SSH devices need paramiko ({missing}); install it with python3 -m pip install 'edge-infer[ssh]'"
-    ) from missing
+# After ssh_config, which says how to install it when it is missing.
+import paramiko  # isort: skip
 
 SSH_PORT = 22
 TIMEOUT_S = 15.0
@@ -65,14 +62,22 @@ def _is_ipv6(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Hop:
-    """One server on the way, the last being the device: where it is, who logs in, what proves its identity."""
+    """One server on the way, the last being the device: where it is, who logs in, what proves its identity.
+
+    ``own_known_hosts`` is the user's own file among ``known_hosts``; a key that is not known is added there if
+    ``accept_new`` allows it, with the name hashed if ``hash_known_hosts``.
+    """
 
     host: str
     port: int
     user: str
     keys: tuple[Path, ...]
+    certificates: tuple[Path, ...]
     only_these_keys: bool
     known_hosts: tuple[Path, ...]
+    own_known_hosts: Path | None
+    accept_new: bool
+    hash_known_hosts: bool
     known_as: str
     timeout_s: float
 
@@ -88,6 +93,7 @@ class Options:
     known_hosts: Path | None = None
     identity: Path | None = None
     timeout_s: float | None = None
+    accept_new: bool = False
 
 
 def find_route(address: Address, options: Options) -> list[Hop]:
@@ -98,7 +104,7 @@ def find_route(address: Address, options: Options) -> list[Hop]:
     for path in (options.identity, options.ssh_config):
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
-    hops = _route(address, _read_config(options.ssh_config), options, ())
+    hops = _route(address, read_config(options.ssh_config), options, ())
     if options.identity is not None:
         hops[-1] = replace(hops[-1], keys=(options.identity,), only_these_keys=True)
     return hops
@@ -107,7 +113,7 @@ def find_route(address: Address, options: Options) -> list[Hop]:
 def _route(address: Address, config: paramiko.SSHConfig, options: Options, seen: tuple[str, ...]) -> list[Hop]:
     if address.host in seen or len(seen) >= MAX_HOPS:
         raise DeviceError(f"ProxyJump in the ssh_config leads in a circle: {' -> '.join((*seen, address.host))}")
-    found = _lookup(config, address.host)
+    found = look_up(config, address.host)
     jumps = found.get("proxyjump") or "none"
     if (found.get("proxycommand") or "none") != "none" and jumps == "none":
         raise DeviceError(f"the ssh_config has a ProxyCommand for {address.host}, which is not followed; use ProxyJump")
@@ -116,31 +122,36 @@ def _route(address: Address, config: paramiko.SSHConfig, options: Options, seen:
         first, *others = [parse_address(jump.strip().removeprefix("ssh://")) for jump in jumps.split(",")]
         # As in ssh, the first jump host's own ProxyJump counts; the others are reached through their predecessor.
         before = _route(first, config, options, (*seen, address.host))
-        before += [_hop(other, _lookup(config, other.host), options) for other in others]
+        before += [_hop(other, look_up(config, other.host), options) for other in others]
     return [*before, _hop(address, found, options)]
 
 
 def _hop(address: Address, found: Mapping[str, Any], options: Options) -> Hop:
     host = str(found["hostname"])
     port = address.port or int(_number(found, "port", SSH_PORT))
-    keys = [Path(key).expanduser() for key in found.get("identityfile", []) if key != "none"]
+    keys = [Path(key).expanduser() for key in found["identityfile"] if key != "none"]
+    own_known_hosts = _own_known_hosts(found, options)
     return Hop(
         host=host,
         port=port,
         user=address.user or str(found.get("user") or getpass.getuser()),
         keys=tuple(keys) or tuple(Path.home() / ".ssh" / name for name in DEFAULT_KEYS),
+        certificates=tuple(Path(path).expanduser() for path in found["certificatefile"] if path != "none"),
         only_these_keys=found.get("identitiesonly") == "yes",
-        known_hosts=_known_hosts_files(found, options),
+        known_hosts=(*own_known_hosts, *(() if options.known_hosts else (GLOBAL_KNOWN_HOSTS,))),
+        own_known_hosts=own_known_hosts[0] if own_known_hosts else None,
+        accept_new=options.accept_new,
+        hash_known_hosts=found.get("hashknownhosts") == "yes",
         known_as=str(found.get("hostkeyalias") or (host if port == SSH_PORT else f"[{host}]:{port}")).lower(),
         timeout_s=options.timeout_s or _number(found, "connecttimeout", TIMEOUT_S),
     )
 
 
-def _known_hosts_files(found: Mapping[str, Any], options: Options) -> tuple[Path, ...]:
+def _own_known_hosts(found: Mapping[str, Any], options: Options) -> tuple[Path, ...]:
     if options.known_hosts is not None:
         return (options.known_hosts,)
     named = shlex.split(str(found.get("userknownhostsfile") or "~/.ssh/known_hosts"))
-    return (*(Path(name).expanduser() for name in named if name != "none"), GLOBAL_KNOWN_HOSTS)
+    return tuple(Path(name).expanduser() for name in named if name != "none")
 
 
 def _number(found: Mapping[str, Any], key: str, default: float) -> float:
@@ -149,21 +160,3 @@ def _number(found: Mapping[str, Any], key: str, default: float) -> float:
         return float(str(value))
     except ValueError:
         raise DeviceError(f"the ssh_config gives {value!r} for {key}, expected a number") from None
-
-
-def _read_config(path: Path | None) -> paramiko.SSHConfig:
-    path = path or Path.home() / ".ssh" / "config"
-    try:
-        return paramiko.SSHConfig.from_path(str(path))
-    except FileNotFoundError:
-        return paramiko.SSHConfig()
-    except (OSError, ValueError, paramiko.SSHException) as error:
-        raise DeviceError(f"{path} cannot be read as an ssh_config: {error}") from error
-
-
-def _lookup(config: paramiko.SSHConfig, host: str) -> Mapping[str, Any]:
-    try:
-        found: Mapping[str, Any] = config.lookup(host)
-    except (OSError, ImportError, LookupError, ValueError, paramiko.SSHException) as error:
-        raise DeviceError(f"the ssh_config entry for {host} cannot be followed: {error}") from error
-    return found
