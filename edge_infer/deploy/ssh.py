@@ -164,13 +164,14 @@ def _reported(hop: Hop) -> Iterator[None]:
 
 
 def _sentence(hop: Hop, error: Exception) -> str:
+    # To paramiko, no channel in time is an error like others.
+    if isinstance(error, TimeoutError) or str(error).startswith("Timeout opening channel"):
+        return f"{hop} did not answer within {hop.timeout_s:g} s; check that it is on and reachable"
     match error:
         case socket.gaierror() | UnicodeError():
             text = f"no address is known for {hop.host}: {error}; check the name or give it a Host entry in ssh_config"
         case ConnectionRefusedError():
             text = f"nothing listens at {hop}; check the port and that the SSH server runs"
-        case TimeoutError():
-            text = f"{hop} did not answer within {hop.timeout_s:g} s; check that it is on and reachable"
         case paramiko.ssh_exception.IncompatiblePeer():
             text = f"{hop} offers only outdated algorithms ({error}); update its SSH server"
         case paramiko.ChannelException():
