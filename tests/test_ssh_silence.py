@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-import paramiko
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -168,8 +167,7 @@ def test_what_terrapin_could_attack_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], strict: bool, is_refused: bool
 ) -> None:
     # A client that does not offer the strict exchange sees what a server shows that does not know it.
-    monkeypatch.setattr(paramiko, "Transport", functools.partial(paramiko.Transport, strict_kex=strict))
-    monkeypatch.setattr(paramiko.Transport, "_key_info", paramiko.transport.Transport._key_info, raising=False)
+    monkeypatch.setattr(ssh, "Connection", functools.partial(ssh.Connection, strict_kex=strict))
     with SshServer(tmp_path / "device", options=options) as device:
         if is_refused:
             assert "can be attacked by Terrapin (CVE-2023-48795)" in refusal(connect_to(device))

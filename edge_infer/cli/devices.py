@@ -14,7 +14,7 @@ from typing import Any
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.cli import console
 from edge_infer.cli.passphrases import Passphrases
-from edge_infer.errors import EXIT_DEVICE, EdgeInferError
+from edge_infer.errors import EXIT_DEVICE, EdgeInferError, UsageError
 from edge_infer.runtime.cli import positive
 from edge_infer.store import KEEP
 
@@ -47,6 +47,12 @@ def _add_push(commands: Any) -> Any:
     _add_keep(push)
     _add_python(push)
     _add_wait(push)
+    push.add_argument(
+        "--sftp",
+        action="store_true",
+        help="the plain way, where nothing can be run: no self-test, no check of the device",
+    )
+    push.add_argument("--no-read-back", action="store_true", help="with --sftp: do not read again what was sent")
     push.set_defaults(call=call_push, show=show_push)
     return push
 
@@ -173,6 +179,7 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     """Push to each device in turn; one that fails does not keep the others from theirs."""
     from edge_infer.bundle import open_bundle
 
+    _check_sftp_options(args)
     bundle, options = open_bundle(args.bundle), push_options(args)
     rows = [_push_one(args, bundle, options, address) for address in args.devices]
     failed = any(row.get("error") for row in rows)
@@ -184,13 +191,49 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _check_sftp_options(args: argparse.Namespace) -> None:
+    """Refuse what a push that runs nothing on the device cannot honour."""
+    if args.no_read_back and not args.sftp:
+        raise UsageError("--no-read-back is for --sftp only: otherwise the device hashes what it received")
+    if not args.sftp:
+        return
+    asked = {
+        "--tune": args.tune,
+        "--python": args.python is not None,
+        "--self-test-timeout": args.self_test_timeout != TIMEOUT_S,
+        "--confirm-within": args.confirm_within is not None,
+        "--health": args.health is not None,
+        "--keep": args.keep != KEEP,
+        "--wait": bool(args.wait),
+    }
+    refused = [option for option, is_asked in asked.items() if is_asked]
+    if refused:
+        raise UsageError(f"--sftp runs nothing on the device, so it cannot heed {', '.join(refused)}; leave that out")
+    here = [address for address in args.devices if address.startswith("local:")]
+    if here:
+        raise UsageError(f"--sftp is for devices reached over SSH, and {here[0]} is this machine; leave --sftp out")
+
+
 def _push_one(args: argparse.Namespace, bundle: Any, options: Any, address: str) -> dict[str, Any]:
     from edge_infer.deploy.push import push
 
     transport = _transport(args, address)
+    pushed: Any
     try:
         with console.progress_line() as progress:
-            pushed = push(bundle, transport, options, dry_run=args.dry_run, progress=progress)
+            if args.sftp:
+                from edge_infer.deploy.sftp import STORE, push_by_sftp
+
+                pushed = push_by_sftp(
+                    bundle,
+                    transport,
+                    store=args.store or STORE,
+                    dry_run=args.dry_run,
+                    read_back=not args.no_read_back,
+                    progress=progress,
+                )
+            else:
+                pushed = push(bundle, transport, options, dry_run=args.dry_run, progress=progress)
     except EdgeInferError as error:
         if error.exit_status != EXIT_DEVICE:  # the bundle or the request is wrong, and so for every device
             raise
@@ -208,6 +251,12 @@ def show_push(answer: dict[str, Any]) -> None:
         elif answer["dry_run"]:
             print(f"{row['address']}: would")
             print("\n".join(f"  {step}" for step in row["steps"]))
+        elif "not_promised" in row:
+            print(
+                f"{row['address']}: {answer['name']} is {row['digest'][:12]}{_instead_of(row)}; sent "
+                f"{console.size(row['sent_bytes'])} by SFTP, which promises less than an ordinary push:"
+            )
+            print("\n".join(f"  {missing}" for missing in row["not_promised"]))
         else:
             engine = row["report"]["engine"]
             print(

@@ -39,6 +39,8 @@ MODULES = (
 #: Seconds to wait for what a process that ended had to say.
 LAST_WORDS_S = 1.0
 
+BY_SFTP = "push with --sftp, which promises less (no self-test there)"
+
 #: All that stands on the command line: it reads its length, then itself.
 BOOTSTRAP = "import sys, zlib; f = sys.stdin.buffer; exec(zlib.decompress(f.read(int(f.readline()))))"
 
@@ -105,6 +107,8 @@ class Conversation:
         try:
             message = json.loads(line)
         except ValueError:
+            if b"sftp" in line:  # what OpenSSH's own server says where nothing else is allowed
+                raise DeviceError(f"{self._transport.address} runs no commands, only SFTP; {BY_SFTP}") from None
             raise DeviceError(
                 f"{self._transport.address} answered {line[:80]!r}, which is no answer of the receiver; see that its "
                 "login shell prints nothing of its own"
@@ -159,7 +163,7 @@ class Conversation:
         words = self._last_words().strip().splitlines()
         address = self._transport.address
         if words and ("python3" in words[-1] and "not found" in words[-1]):
-            return DeviceError(f"{address} has no python3; install Python 3.10 or later there")
+            return DeviceError(f"{address} has no python3; install Python 3.10 or later there, or {BY_SFTP}")
         return DeviceError(f"{address}: {words[-1][:300]}" if words else f"{address}: {error}")
 
     def _last_words(self) -> str:

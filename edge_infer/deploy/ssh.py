@@ -241,6 +241,19 @@ class SshTransport:
             raise DeviceError(f"{hop} did not start a command ({error}); connect again or see its log") from error
         return SshProcess(channel, hop)
 
+    def open_sftp(self) -> paramiko.SFTPClient:
+        """The device's files. Raises DeviceError when its server offers no SFTP, and UsageError."""
+        self.connect()
+        hop = self._route[-1]
+        try:
+            channel = self._connections[-1].open_session(timeout=hop.timeout_s)
+            channel.invoke_subsystem("sftp")
+            return paramiko.SFTPClient(channel)
+        except (OSError, EOFError, paramiko.SSHException, paramiko.SFTPError) as error:
+            raise DeviceError(
+                f"{hop} offers no SFTP ({error}); have its SSH server offer it (OpenSSH: Subsystem sftp internal-sftp)"
+            ) from error
+
     def close(self) -> None:
         """End the connection, and those to jump hosts. A later ``start`` would connect anew."""
         if self._watch is not None:
