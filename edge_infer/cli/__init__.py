@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from edge_infer.cli import cache, converters, devices, package, targets
+    from edge_infer.cli import cache, converters, devices, doctor, package, provision, targets
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -44,4 +44,6 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_command(commands)
     add_commands(commands, info_name="inspect")
     devices.add_commands(commands)
+    provision.add_command(commands)
+    doctor.add_command(commands)
     return parser

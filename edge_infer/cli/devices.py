@@ -285,7 +285,7 @@ def _instead_of(pushed: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _device(args: argparse.Namespace) -> Iterator[Any]:
+def open_device(args: argparse.Namespace) -> Iterator[Any]:
     """The way to the device that the command line names."""
     transport = _transport(args, args.device)
     try:
@@ -297,7 +297,7 @@ def _device(args: argparse.Namespace) -> Iterator[Any]:
 def call_status(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import status
 
-    with _device(args) as device:
+    with open_device(args) as device:
         return dict(status(device, args.python, args.store))
 
 
@@ -333,7 +333,7 @@ def show_status(answer: dict[str, Any]) -> None:
 def call_history(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import history
 
-    with _device(args) as device:
+    with open_device(args) as device:
         return {"name": args.name, **history(device, args.name, args.store)}
 
 
@@ -358,19 +358,19 @@ def _local_time(seconds: int) -> str:
 def call_confirm(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import confirm
 
-    with _device(args) as device:
+    with open_device(args) as device:
         return {"name": args.name, "digest": confirm(device, args.name, args.store, args.wait)}
 
 
 def call_rollback(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import rollback
 
-    with _device(args) as device:
+    with open_device(args) as device:
         return {"name": args.name, "digest": rollback(device, args.name, args.to, args.store, args.wait)}
 
 
 def call_gc(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.push import collect
 
-    with _device(args) as device:
+    with open_device(args) as device:
         return {"freed": collect(device, args.name, args.keep, args.store, args.wait)}

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ for name, source in {sources!r}:
     parent, _, leaf = name.rpartition(".")
     setattr(sys.modules[parent], leaf, module)
     exec(compile(source, "<%s>" % name, "exec"), module.__dict__)
-sys.modules["edge_infer.deploy.receiver"].main()
+sys.modules[{main!r}].main()
 """
 
 
@@ -70,10 +70,15 @@ def open_transport(address: str, **ssh_options: Any) -> Transport:
     return SshTransport(address, **ssh_options)
 
 
-def payload() -> bytes:
-    """The receiver and what it needs, as one compressed program with its length before it."""
-    sources = [(name, inspect.getsource(importlib.import_module(name))) for name in MODULES]
-    program = zlib.compress(LOADER.replace("{sources!r}", repr(sources)).encode(), 9)
+def payload(more: Sequence[str] = ()) -> bytes:
+    """The receiver and what it needs, as one compressed program with its length before it.
+
+    ``more`` are modules beyond those of a push; the last of them takes the receiver's place.
+    """
+    names = (*MODULES, *more)
+    sources = [(name, inspect.getsource(importlib.import_module(name))) for name in names]
+    text = LOADER.replace("{main!r}", repr(names[-1])).replace("{sources!r}", repr(sources))
+    program = zlib.compress(text.encode(), 9)
     return b"%d\n" % len(program) + program
 
 
@@ -89,16 +94,17 @@ def myself() -> str:
 class Conversation:
     """A running receiver. Use it as a context manager.
 
-    ``store`` is the folder of the device's store (default: ``$EDGE_INFER_HOME`` or ``~/.edge-infer`` there).
+    ``store`` is the folder of the device's store (default: ``$EDGE_INFER_HOME`` or ``~/.edge-infer`` there);
+    ``more`` as for ``payload``.
     """
 
-    def __init__(self, transport: Transport, store: str | None = None) -> None:
+    def __init__(self, transport: Transport, store: str | None = None, more: Sequence[str] = ()) -> None:
         self._transport = transport
         local = isinstance(transport, LocalTransport)
         self._store = str(transport.store.absolute()) if isinstance(transport, LocalTransport) else store
         python = sys.executable if local else "python3"
         self._process: Process = transport.start([python, "-c", BOOTSTRAP])
-        self._unsent = payload()
+        self._unsent = payload(more)
 
     def ask(self, op: str, **request: Any) -> Mapping[str, Any]:
         """Send a request and wait for its answer. Raises the device's own error, or DeviceError."""
@@ -124,10 +130,17 @@ class Conversation:
         data, self._unsent = self._unsent + line, b""
         self._write(data)
 
-    def send_file(self, name: str, path: Path, offset: int, progress: Callable[[int], None] = lambda sent: None) -> int:
+    def send_file(
+        self,
+        name: str,
+        path: Path,
+        offset: int,
+        progress: Callable[[int], None] = lambda sent: None,
+        op: str = "file",
+    ) -> int:
         """Send a file from ``offset`` on; gives the bytes sent, and tells ``progress`` of each part that has gone."""
         size = path.stat().st_size - offset
-        self.send("file", name=name, offset=offset, size=size)
+        self.send(op, name=name, offset=offset, size=size)
         with path.open("rb") as file:
             file.seek(offset)
             while data := file.read(SLICE_BYTES):

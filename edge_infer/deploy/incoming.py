@@ -1,4 +1,4 @@
-"""The files of a bundle on their way into a store: received, or copied from a release that has the same.
+"""Files on their way into a store: those of a bundle are received, or copied from a release that has the same.
 
 They gather in the store's ``staging`` folder, from where an interrupted push goes on. Standard library only, Python
 >= 3.8: a push sends this file along.
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Mapping, Optional, Set
 
 from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle
 from edge_infer.errors import BundleError, DeviceError, UsageError
@@ -24,37 +24,22 @@ PIECE_BYTES = 1024 * 1024
 PIECE_DIGITS = 16
 
 
-class Incoming:
-    """The bundle with this manifest and digest, on its way into ``store``."""
+class Arrivals:
+    """Files on their way into ``store``; ``digest`` is the SHA-256 of what lists them."""
 
-    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
-        self.store, self.manifest, self.digest = store, manifest, digest
+    def __init__(self, store: Store, files: Mapping[str, FileEntry], digest: str) -> None:
+        self.store, self.files, self.digest = store, files, digest
         self._folder = store.root / "staging" / digest
         self._right: Set[str] = set()  # files whose hash was found right while they arrived
 
     def have(self) -> Dict[str, Dict[str, Any]]:
         """Of each file that is staged in part or whole: its bytes, and the hash of each piece of them."""
         found = {}
-        for name, entry in self.manifest.files.items():
+        for name, entry in self.files.items():
             size = min(_size(self._folder / name), entry.size)
             if size >= 0:
                 found[name] = {"size": size, "pieces": piece_hashes(self._folder / name, size)}
         return found
-
-    def copies(self) -> List[str]:
-        """Files that need not be sent since another release has the same."""
-        return [name for name, entry in self.manifest.files.items() if self._same_file(entry) is not None]
-
-    def _same_file(self, wanted: FileEntry) -> Optional[Path]:
-        for digest in known_digests(self.store, self.manifest.name):
-            try:
-                bundle = open_bundle(self.store.release(self.manifest.name, digest))
-            except (OSError, BundleError, UsageError):
-                continue
-            for name, entry in bundle.manifest.files.items():
-                if entry == wanted and hash_file(bundle.file(name)) == wanted.sha256:
-                    return bundle.file(name)
-        return None
 
     def receive(self, name: str, offset: int, size: int, source: Any) -> None:
         """Put the next ``size`` bytes of ``source``, a stream with ``read1``, into the staged file ``name``.
@@ -62,7 +47,7 @@ class Incoming:
         They go to ``offset``; what was there beyond it goes. Raises DeviceError for bytes that the manifest has no
         place for, and when ``source`` ends before.
         """
-        entry = self.manifest.files.get(name)
+        entry = self.files.get(name)
         if entry is None or offset < 0 or size < 0 or offset + size > entry.size:
             raise DeviceError(
                 f"the host sent bytes {offset} to {offset + size} of {name!r}, which are not in the manifest"
@@ -85,13 +70,36 @@ class Incoming:
         if hashed.hexdigest() == entry.sha256:
             self._right.add(name)
 
+
+class Incoming(Arrivals):
+    """The bundle with this manifest and digest, on its way into ``store``."""
+
+    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
+        super().__init__(store, manifest.files, digest)
+        self.manifest = manifest
+
+    def copies(self) -> List[str]:
+        """Files that need not be sent since another release has the same."""
+        return [name for name, entry in self.files.items() if self._same_file(entry) is not None]
+
+    def _same_file(self, wanted: FileEntry) -> Optional[Path]:
+        for digest in known_digests(self.store, self.manifest.name):
+            try:
+                bundle = open_bundle(self.store.release(self.manifest.name, digest))
+            except (OSError, BundleError, UsageError):
+                continue
+            for name, entry in bundle.manifest.files.items():
+                if entry == wanted and hash_file(bundle.file(name)) == wanted.sha256:
+                    return bundle.file(name)
+        return None
+
     def admit(self) -> None:
         """Complete the staged folder and move it among the releases. Raises BundleError when a file is damaged.
 
         Files found damaged are removed, so that the next push sends them anew, and the others not.
         """
         staged = self.store.staging(self.digest)
-        for name, entry in self.manifest.files.items():
+        for name, entry in self.files.items():
             if _size(staged / name) != entry.size:
                 same = self._same_file(entry)
                 if same is not None:
@@ -106,7 +114,7 @@ class Incoming:
             raise
 
     def _remove_damaged(self, staged: Path) -> None:
-        wanted = self.manifest.files
+        wanted = self.files
         for path in staged.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(str(path), ignore_errors=True)

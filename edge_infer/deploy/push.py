@@ -83,10 +83,10 @@ def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> tuple[
 
 def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
     """How many bytes of each staged file are as they should be, from its start."""
-    return {name: _sound_start(bundle.file(name), row["size"], row["pieces"]) for name, row in have.items()}
+    return {name: sound_start(bundle.file(name), row["size"], row["pieces"]) for name, row in have.items()}
 
 
-def _sound_start(path: Path, size: int, pieces: list[str]) -> int:
+def sound_start(path: Path, size: int, pieces: list[str]) -> int:
     with path.open("rb") as file:
         for number, piece in enumerate(pieces):
             start = number * PIECE_BYTES

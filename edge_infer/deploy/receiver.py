@@ -68,7 +68,7 @@ LONGEST_S = 7 * 24 * 3600
 
 
 class Receiver:
-    """One conversation. ``asked`` and ``told`` are its two streams."""
+    """One conversation. ``asked`` and ``told`` are its two streams. ``installer`` adds requests of its own."""
 
     def __init__(self, asked: Union[BinaryIO, Patient], told: BinaryIO) -> None:
         self.asked, self.told = asked, told
@@ -84,6 +84,7 @@ class Receiver:
             "confirm": self.confirm,
             "collect": self.collect,
         }
+        self.fields = dict(FIELDS)
         self.store = Store(default_root())
         self.python = sys.executable
         self.who = ""
@@ -119,7 +120,7 @@ class Receiver:
             raise DeviceError("the host sent a line that is not JSON; use the same edge-infer on both ends") from None
         if not isinstance(value, dict) or value.get("op") not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
-        for name, kinds in {**FIELDS[value["op"]], "store": TEXT_OR_NONE}.items():
+        for name, kinds in {**self.fields[value["op"]], "store": TEXT_OR_NONE}.items():
             if not _is_valid(name, value.get(name), kinds):
                 raise DeviceError(f"the host's request {value['op']!r} has no valid {name!r}")
         if value["op"] in AFTER_BEGIN and self.incoming is None:

@@ -3,9 +3,9 @@
     DIR/<engines>-<abi>-<architecture>-<libc>.txt     locks: pip's requirements with exact versions and hashes
     DIR/*.whl                                         what they name, shared by all locks
 
-A lock that fits a device is taken as it is, without network, until ``upgrade`` is asked for: devices of one kind get the
-same versions. pip judges markers for the machine it runs on, so it is never left to find what a wheel needs: that is
-read from the wheels' own metadata here, for the device.
+A lock that fits a device is taken as it is, without network, until ``upgrade`` is asked for: devices of one kind get
+the same versions. pip judges markers for the machine it runs on, so it is never left to find what a wheel needs: that
+is read from the wheels' own metadata here, for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_infer.bundle import hash_file, replace_file
-from edge_infer.deploy.own_wheel import PROJECT, distribution, write_own_wheel
+from edge_infer.deploy.own_wheel import distribution, write_own_wheel
 from edge_infer.deploy.platforms import Platform
 from edge_infer.errors import BundleError, DeviceError, EngineMissing, UsageError
 from edge_infer.store import default_root
@@ -139,8 +139,8 @@ def prepare(
 ) -> Wheelhouse:
     """A wheelhouse in ``folder`` for ``engines`` on ``platform``: with all wheels, or with those of pip and edge-infer.
 
-    Raises EngineMissing when there is no wheel for the platform, DeviceError when the index is out of reach, BundleError
-    for a wheel that is not the one in the lock, UsageError for an engine that is not known.
+    Raises EngineMissing when there is no wheel for the platform, DeviceError when the index is out of reach,
+    BundleError for a wheel that is not the one in the lock, UsageError for an engine that is not known.
     """
     for engine in engines:
         if engine not in ENGINES:
@@ -203,8 +203,8 @@ def _no_wheel(what: str, platform: Platform, among: str = "") -> str:
     others = ", ".join(engine for engine, (package, _) in ENGINES.items() if package != name)
     found = f" (there are {among})" if among and among != "none" else ""
     return (
-        f"no wheel of {what} is made for {platform}{found}; name a newer Python there with --python, or another engine "
-        f"with --engine ({others})"
+        f"no wheel of {what} is made for {platform}{found}; choose another engine with --engine ({others}), or name "
+        "another Python there with --python"
     )
 
 
