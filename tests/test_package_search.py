@@ -289,5 +289,5 @@ def test_what_a_device_refuses_is_dropped_with_its_words(
     done = package(replace(asked, python=str(device_python("onnx"))))
     assert done.chosen.id == "onnx float32"
     assert "has no such engine" in done.verdict.reasons["tflite float32"]
-    with pytest.raises(EngineMissing, match=r"has no such engine; there: .*pip install"):
+    with pytest.raises(EngineMissing, match=r"has no such engine; edge-infer provision .*pip install"):
         package(replace(asked, format="tflite", python=str(device_python("onnx"))))

@@ -48,13 +48,13 @@ def add_command(commands: Any) -> None:
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
-    from edge_infer.deploy.provision import Wanted, provision, switch_back
+    from edge_infer.deploy.provision import ProvisionOptions, provision, switch_back
 
     with open_device(args) as device:
         if args.rollback:
             told = switch_back(device, args.store, args.self_test_timeout, args.wait)
             return {"address": args.device, "rollback": True, **told}
-        wanted = Wanted(
+        options = ProvisionOptions(
             engines=tuple(args.engines or ()),
             offline=args.offline,
             wheelhouse=args.wheelhouse,
@@ -66,7 +66,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
             timeout_s=args.self_test_timeout,
         )
         with console.progress_line() as progress:
-            done = provision(device, wanted, dry_run=args.dry_run, progress=progress)
+            done = provision(device, options, dry_run=args.dry_run, progress=progress)
     row = {**dataclasses.asdict(done), "steps": [str(step) for step in done.steps]}
     return {**row, "rollback": False, "dry_run": args.dry_run}
 

@@ -30,7 +30,7 @@ from edge_infer.bundle import hash_file
 from edge_infer.deploy.checkup import examine, look, platform_facts
 from edge_infer.deploy.device import serving_python
 from edge_infer.deploy.incoming import Arrivals
-from edge_infer.deploy.receiver import NUMBER, TEXT, TEXT_OR_NONE, Patient, Receiver
+from edge_infer.deploy.receiver import NUMBER, SILENCE_S, TEXT, TEXT_OR_NONE, Patient, Receiver
 from edge_infer.deploy.venvs import KEEP_PATHS, PATH_FILE, Venvs, identify
 from edge_infer.errors import BundleError, DeviceError, EdgeInferError, SelfTestFailed
 from edge_infer.manifest import SHA256, FileEntry
@@ -389,4 +389,4 @@ def _install_failed(words: str) -> str:
 
 
 def main() -> None:
-    Installer(Patient(sys.stdin.buffer), sys.stdout.buffer).serve()
+    Installer(Patient(sys.stdin.buffer, SILENCE_S), sys.stdout.buffer).serve()

@@ -149,17 +149,18 @@ def check_engine(manifest: Manifest, facts: Mapping[str, Any]) -> None:
     packages = facts["packages"]
     wanted = manifest.artifact.requires
     extra = EXTRAS.get(wanted[0].package, manifest.artifact.format)
-    command = f"{facts['serving_python']} -m pip install 'edge-infer[{extra}]'"
+    pip = f"{facts['serving_python']} -m pip install"
+    command = f"edge-infer provision DEVICE --engine {extra}, or there {pip} 'edge-infer[{extra}]'"
     if "edge-infer" not in packages:
-        raise EngineMissing(f"edge-infer is not installed for {facts['serving_python']}; there: {command}")
+        raise EngineMissing(f"edge-infer is not installed for {facts['serving_python']}; {command}")
     have = [item for item in wanted if item.package in packages]
     if not have:
         raise EngineMissing(
             f"the bundle needs {' or '.join(map(str, wanted))}, and {facts['serving_python']} has no such engine; "
-            f"there: {command}"
+            f"{command}"
         )
     if not any(at_least(packages[item.package], item.version) for item in have):
         raise EngineMissing(
-            f"the bundle needs {have[0]}, and {facts['serving_python']} has {packages[have[0].package]}; there: "
-            f"{facts['serving_python']} -m pip install --upgrade {have[0].package}"
+            f"the bundle needs {have[0]}, and {facts['serving_python']} has {packages[have[0].package]}; "
+            f"edge-infer provision DEVICE --upgrade, or there {pip} --upgrade {have[0].package}"
         )

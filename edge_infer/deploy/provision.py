@@ -15,7 +15,7 @@ from edge_infer.admission import TIMEOUT_S
 from edge_infer.deploy.conversation import Conversation, myself
 from edge_infer.deploy.plan import OLDEST_PYTHON, Step
 from edge_infer.deploy.platforms import Platform
-from edge_infer.deploy.push import sound_start
+from edge_infer.deploy.push import Shares, sound_start
 from edge_infer.deploy.transport import Transport
 from edge_infer.deploy.wheelhouse import ENGINES, Pin, Wheelhouse, prepare
 from edge_infer.errors import DeviceError
@@ -27,6 +27,8 @@ MORE = ("edge_infer.deploy.venvs", "edge_infer.deploy.checkup", "edge_infer.depl
 DEFAULT_ENGINE = "tflite"
 #: The engine for models of a format.
 FOR_FORMAT = {"tflite": "tflite", "onnx": "onnx", "torchscript": "torch"}
+#: The format of models that an engine runs.
+RUNS = {"tflite": "tflite", "tflite-runtime": "tflite", "onnx": "onnx", "torch": "torchscript"}
 #: What an environment takes beside its packages: links, and what is compiled when engines are imported first.
 ENVIRONMENT_BYTES = 8 * 1024 * 1024
 #: torch on a slow card takes minutes.
@@ -36,7 +38,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ProvisionOptions:
     """What is asked of a provisioning.
 
     ``engines``: extras of edge-infer (default: those of the environment and the models there). ``offline``: wheels are
@@ -73,7 +75,7 @@ class Provisioned:
 
 
 def provision(
-    transport: Transport, wanted: Wanted, *, dry_run: bool = False, progress: Progress = lambda step: None
+    transport: Transport, options: ProvisionOptions, *, dry_run: bool = False, progress: Progress = lambda step: None
 ) -> Provisioned:
     """Make the environment on the device and let it serve, after its engines and the models there were tried.
 
@@ -81,25 +83,26 @@ def provision(
     SelfTestFailed or another DeviceError when the device refuses; it then goes on with the environment it had.
     """
     progress("asking the device")
-    with Conversation(transport, wanted.store, MORE) as device:
-        facts = device.ask("look", python=wanted.python)
-    platform = check_device(transport.address, facts, wanted)
-    engines = tuple(sorted(set(wanted.engines or default_engines(facts))))
+    with Conversation(transport, options.store, MORE) as device:
+        facts = device.ask("look", python=options.python)
+    platform = check_device(transport.address, facts, options)
+    engines = tuple(sorted(set(options.engines or default_engines(facts))))
+    check_models(transport.address, facts, engines)
     house = prepare(
-        platform, engines, wanted.wheelhouse, whole=wanted.offline, upgrade=wanted.upgrade, progress=progress
+        platform, engines, options.wheelhouse, whole=options.offline, upgrade=options.upgrade, progress=progress
     )
-    files = [pin for pin in (*house.pins, house.pip) if wanted.offline or pin in (house.own, house.pip)]
-    with Conversation(transport, wanted.store, MORE) as device:
+    files = [pin for pin in (*house.pins, house.pip) if options.offline or pin in (house.own, house.pip)]
+    with Conversation(transport, options.store, MORE) as device:
         answer = device.ask(
             "install-begin",
             requirements=house.requirements,
             engines=list(engines),
             files=[[pin.file, house.path(pin).stat().st_size, pin.sha256] for pin in files],
-            python=wanted.python,
+            python=options.python,
             who=myself(),
-            wait_s=wanted.wait_s,
+            wait_s=options.wait_s,
         )
-        steps = make_steps(house, files, facts, answer, wanted.offline)
+        steps = make_steps(house, files, facts, answer, options.offline)
         done = Provisioned(
             transport.address, str(platform), engines, answer["environment"], tuple(steps), 0, answer["current"], {}, ()
         )
@@ -109,15 +112,17 @@ def provision(
         for step in steps:
             if step.action == "send":
                 progress(str(step))
-                sent += device.send_file(step.subject, house.folder / step.subject, step.offset, op="wheel")
+                sent += device.send_file(
+                    step.subject, house.folder / step.subject, step.offset, Shares(step, progress), "wheel"
+                )
         progress("; ".join(str(step) for step in steps if step.action not in ("send", "keep")))
         told = device.ask(
             "install-finish",
             imports=[ENGINES[engine][1] for engine in engines],
-            online=not wanted.offline,
-            replace=wanted.replace,
-            timeout_s=wanted.timeout_s,
-            install_s=wanted.install_s,
+            online=not options.offline,
+            replace=options.replace,
+            timeout_s=options.timeout_s,
+            install_s=options.install_s,
         )
     return Provisioned(
         transport.address, str(platform), engines, told["environment"], tuple(steps), sent, told["replaced"],
@@ -133,7 +138,7 @@ def switch_back(
         return device.ask("switch-back", timeout_s=timeout_s, who=myself(), wait_s=wait_s)
 
 
-def check_device(address: str, facts: Mapping[str, Any], wanted: Wanted) -> Platform:
+def check_device(address: str, facts: Mapping[str, Any], options: ProvisionOptions) -> Platform:
     """What wheels must fit. Raises DeviceError for a device that no environment can be made on."""
     try:
         platform = Platform.from_facts(facts["platform"])
@@ -148,7 +153,7 @@ def check_device(address: str, facts: Mapping[str, Any], wanted: Wanted) -> Plat
         raise DeviceError(
             f"{address}: its Python has no venv module; install it there (Debian: sudo apt install python3-venv)"
         )
-    if facts["by_hand"] and not wanted.replace:
+    if facts["by_hand"] and not options.replace:
         raise DeviceError(
             f"{address}: {facts['store']}/venv was made by hand; --replace moves it aside, where --rollback finds it"
         )
@@ -158,9 +163,17 @@ def check_device(address: str, facts: Mapping[str, Any], wanted: Wanted) -> Plat
 def default_engines(facts: Mapping[str, Any]) -> list[str]:
     """Those of the environment in use, and what the models there need that have none."""
     have = list(facts["engines"])
-    runs = {"tflite" if engine == "tflite-runtime" else engine for engine in have}
+    runs = {RUNS[engine] for engine in have}
     have += [FOR_FORMAT[format] for format in facts["formats"] if FOR_FORMAT[format] not in runs]
     return have or [DEFAULT_ENGINE]
+
+
+def check_models(address: str, facts: Mapping[str, Any], engines: Sequence[str]) -> None:
+    """Raise DeviceError where models that run now would lose their engine, before anything is chosen or sent."""
+    lost = {RUNS[engine] for engine in facts["engines"]} & set(facts["formats"]) - {RUNS[name] for name in engines}
+    if lost:
+        wanted = " ".join(f"--engine {FOR_FORMAT[format]}" for format in sorted(lost))
+        raise DeviceError(f"{address}: models in use there need {', '.join(sorted(lost))}; add {wanted}")
 
 
 def make_steps(

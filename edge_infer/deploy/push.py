@@ -87,6 +87,7 @@ def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
 
 
 def sound_start(path: Path, size: int, pieces: list[str]) -> int:
+    """How many of the ``size`` bytes that are staged of ``path`` are its own, from the start, by hashes of pieces."""
     with path.open("rb") as file:
         for number, piece in enumerate(pieces):
             start = number * PIECE_BYTES
@@ -104,11 +105,11 @@ def _send(device: Conversation, bundle: Bundle, steps: list[Step], progress: Pro
             device.send("make-room")
         elif step.action == "send":
             progress(str(step))
-            sent += device.send_file(step.subject, bundle.file(step.subject), step.offset, _Shares(step, progress))
+            sent += device.send_file(step.subject, bundle.file(step.subject), step.offset, Shares(step, progress))
     return sent
 
 
-class _Shares:
+class Shares:
     """Tells of a file that takes longer what share of it has gone."""
 
     def __init__(self, step: Step, progress: Progress) -> None:

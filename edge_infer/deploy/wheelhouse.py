@@ -180,7 +180,12 @@ def choose(platform: Platform, engines: Sequence[str], progress: Progress = lamb
     bounds: list[Requirement] = []
     for _ in range(MOST_VERSIONS):
         progress(f"choosing wheels for {platform}")
-        found = _closed([*roots, *bounds, Requirement(INSTALLER)], platform)
+        try:
+            found = _closed([*roots, *bounds, Requirement(INSTALLER)], platform)
+        except EngineMissing as error:
+            if any(f"{item.name}<" in str(error) for item in bounds):
+                break  # there is none older
+            raise
         heavy = _heavy(found, platform)
         if heavy is None:
             pins = [_pin_of(item) for item in found]
@@ -188,7 +193,10 @@ def choose(platform: Platform, engines: Sequence[str], progress: Progress = lamb
         name, version = heavy
         progress(f"{name} {version} needs a graphics card's packages there; looking for an older one")
         bounds = [item for item in bounds if item.name != name] + [Requirement(f"{name}<{version}")]
-    raise EngineMissing(f"{bounds[0].name} has no wheel for {platform} that does without a graphics card's packages")
+    raise EngineMissing(
+        f"every wheel of {bounds[0].name} for {platform} needs a graphics card's packages; set pip up with an index that "
+        "has one for the processor alone"
+    )
 
 
 def _refuse_what_edge_infer_rules_out(platform: Platform, engines: Sequence[str], roots: list[Requirement]) -> None:
