@@ -59,7 +59,7 @@ def provisioned(transport: Transport, dry_run: bool = False, **options: object) 
         return provision(transport, ProvisionOptions(**options), dry_run=dry_run)  # type: ignore[arg-type]
 
 
-# -- real engines, offline -----------------------------------------------------------------------------------------------
+# -- real engines, offline ---------------------------------------------------------------------------------------------
 
 
 def test_a_bare_device_gets_an_environment_and_a_model_that_answers(no_index, packaged, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_an_empty_home_behind_ssh(no_index, packaged, tmp_path):
     np.testing.assert_allclose(json.loads(answered.stdout), golden["out.0.0"], atol=1e-4)
 
 
-# -- an engine of no size ------------------------------------------------------------------------------------------------
+# -- an engine of no size ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -432,7 +432,7 @@ def test_a_lock_for_another_device_installs_nothing_there(device):
         device.provision()
 
 
-# -- pure decisions ------------------------------------------------------------------------------------------------------
+# -- pure decisions ----------------------------------------------------------------------------------------------------
 
 FACTS = {
     "platform": {
