@@ -182,7 +182,8 @@ class Store:
         Waits ``wait_s`` seconds for another change to end. ``who`` is told to those who find it busy. Raises
         DeviceError when it stays busy.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not (self.root / "lock").exists():
+            self._make_root()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(str(self.root / "lock"), flags, 0o644)
         try:
@@ -192,6 +193,13 @@ class Store:
             yield
         finally:
             os.close(descriptor)
+
+    def _make_root(self) -> None:
+        """Make the store's own folder, so that it outlasts a power cut as what is put into it does."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for folder in self.root.absolute().parents:
+            with contextlib.suppress(OSError):  # not every folder above it may be read
+                sync_directory(folder)
 
     def _wait_for_lock(self, descriptor: int, wait_s: float) -> None:
         end = time.monotonic() + wait_s
@@ -220,7 +228,7 @@ class Store:
         return path
 
     def admit(self, staged: Path, name: str, digest: str, hashed: Collection[str] = ()) -> Bundle:
-        """Verify the staged bundle by hash, make it durable and move it among the releases; nothing uses it yet.
+        """Verify the staged bundle by hash, sync its files and move it among the releases; nothing uses it yet.
 
         ``hashed`` names files whose hash was found right while they arrived.
         """
@@ -239,8 +247,6 @@ class Store:
         if path.exists():
             self._remove(path)  # a damaged copy: a sound one would not have been sent again
         staged.rename(path)
-        for folder in (path.parent, path.parent.parent, staged.parent, self.root):
-            sync_directory(folder)
         return open_bundle(path)
 
     def has(self, name: str, digest: str) -> bool:
@@ -263,6 +269,7 @@ class Store:
         trial until ``confirm``, for so many seconds. The release in use already is not put on trial again.
         """
         check_listing(self.release(name, digest), open_bundle(self.release(name, digest)).manifest)
+        self._sync_names(name)
         try:
             before = self.pointer(name)
         except BundleError:
@@ -273,6 +280,16 @@ class Store:
         pending = pending_for(confirm_within_s) if trial and confirm_within_s is not None else None
         self._point(name, Pointer((digest, *older)[: max(1, keep)], pending))
         self.note(name, "on trial" if pending else "activated", digest, who=who)
+
+    def _sync_names(self, name: str) -> None:
+        """Let the names that lead to a release reach the disk before the pointer that says them.
+
+        Also where this process did not make them: the one that did may have been killed before it could.
+        """
+        releases = self.root / "releases"
+        for folder in (releases / name, releases, self.root / "staging", self.root):
+            if folder.is_dir():
+                sync_directory(folder)
 
     def confirm(self, name: str, digest: Optional[str] = None, who: str = "") -> str:
         """Keep the release in use, which was on trial; gives its digest. ``digest``: it must be that one.

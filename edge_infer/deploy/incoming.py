@@ -100,11 +100,13 @@ class Incoming(Arrivals):
         """
         staged = self.store.staging(self.digest)
         for name, entry in self.files.items():
-            if _size(staged / name) != entry.size:
-                same = self._same_file(entry)
-                if same is not None:
-                    _remove_file(staged / name)
-                    shutil.copyfile(str(same), str(staged / name))
+            if name in self._right or _is_whole(staged / name, entry):
+                self._right.add(name)
+                continue
+            same = self._same_file(entry)  # a power cut may have left a copy of the right length and no content
+            if same is not None:
+                _remove_file(staged / name)
+                shutil.copyfile(str(same), str(staged / name))
         _remove_file(staged / MANIFEST_NAME)
         (staged / MANIFEST_NAME).write_bytes(self.manifest.to_bytes())
         try:
@@ -143,8 +145,12 @@ def known_digests(store: Store, name: str) -> List[str]:
 
 def _is_part(path: Path, entry: FileEntry) -> bool:
     """Whether a staged file may still become what the manifest wants."""
-    size = _size(path)
-    return 0 <= size < entry.size or (size == entry.size and hash_file(path) == entry.sha256)
+    return 0 <= _size(path) < entry.size or _is_whole(path, entry)
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    """Whether a staged file is what the manifest wants."""
+    return _size(path) == entry.size and hash_file(path) == entry.sha256
 
 
 def _hash_start(file: Any, size: int) -> Any:
