@@ -47,7 +47,7 @@ from edge_infer.admission import self_test
 from edge_infer.bundle import Bundle, describe_files, open_bundle, verify, write_bundle
 from edge_infer.deploy.plan import Wish
 from edge_infer.deploy.push import collect, confirm, measuring, push, rollback
-from edge_infer.errors import DeviceError, EdgeInferError, ReleaseNotFound
+from edge_infer.errors import EdgeInferError, ReleaseNotFound
 from edge_infer.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,7 +129,7 @@ def refused(inner: Do) -> Do:
     def do(device: Device, bundles: Bundles) -> None:
         try:
             inner(device, bundles)
-        except DeviceError:
+        except EdgeInferError:
             return
         raise SystemExit("a push that must fail did not")
 

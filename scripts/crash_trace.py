@@ -37,7 +37,9 @@ UNKNOWN = ("openat2", "pwritev", "pwritev2", "splice", "fallocate", "link", "lin
 def strace(record: Path, *options: str) -> list[str]:
     """The command line before a command whose calls go to the file ``record``."""
     # No limit on strings, everything in hexadecimal: names and data may hold quotes and newlines.
-    return ["strace", "-f", "-y", "-xx", "-s", str(2**26), "--seccomp-bpf", "-e", "signal=none", *options,
+    # The filter makes it five times as fast, but with it strace kills nothing.
+    fast = () if options else ("--seccomp-bpf",)
+    return ["strace", "-f", "-y", "-xx", "-s", str(2**26), *fast, "-e", "signal=none", *options,
             "-e", "trace=" + ",".join(CALLS), "-o", str(record), "--"]  # fmt: skip
 
 
