@@ -6,10 +6,11 @@ import ctypes
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -70,8 +71,7 @@ class Watched(LocalTransport):
 
     @contextmanager
     def killed_at(self, call: str, number: int) -> Iterator[None]:
-        """A receiver started in here dies by SIGKILL when it makes that call for that time, not followed by
-        children."""
+        """A receiver started in here dies by SIGKILL when it makes that call for the ``number``-th time."""
         self._inject = ["-e", f"inject={call}:signal=KILL:when={number}"]
         try:
             yield
@@ -85,11 +85,20 @@ class Killed(LocalTransport):
     def __init__(self, store: Path, python: str, call: str, number: int) -> None:
         super().__init__(f"local:{store}")
         self.python = python
+        # strace ends by the signal that ended what it watched.
         self._strace = ["strace", "-qq", "-e", "signal=none", "-e", f"trace={call}"]
         self._strace += ["-e", f"inject={call}:signal=KILL:when={number}", "-o", os.devnull, "--"]
+        self._started: LocalProcess | None = None
 
     def start(self, command: list[str]) -> LocalProcess:
-        return super().start([*self._strace, *command])
+        self._started = super().start([*self._strace, *command])
+        return self._started
+
+    @property
+    def died(self) -> bool:
+        """Whether the receiver was killed."""
+        assert self._started is not None
+        return self._started._child.wait() == -signal.SIGKILL
 
 
 class Quick(LocalTransport):
@@ -100,7 +109,7 @@ class Quick(LocalTransport):
         self.python = python
 
     def start(self, command: list[str]) -> LocalProcess:
-        spool = tempfile.TemporaryFile()
+        spool = tempfile.TemporaryFile()  # noqa: SIM115  LocalProcess closes it
         return LocalProcess(cast("subprocess.Popen[bytes]", Fork(spool)), spool)
 
 
@@ -184,10 +193,3 @@ def cut_power(folder: Path) -> None:
 def sync_all(folder: Path) -> None:
     """Let everything written so far reach the disk."""
     subprocess.run(["sync", "-f", str(folder)], check=True)
-
-
-def commands(names: Sequence[str]) -> list[str]:
-    """Those of ``names`` that this machine lacks."""
-    import shutil
-
-    return [name for name in names if shutil.which(name) is None]

@@ -21,7 +21,6 @@ with root, some of those kills on an ext4 image that is shut down at once and mo
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import json
@@ -295,11 +294,12 @@ SCENARIOS = {
 @dataclass
 class Recording:
     """The events of a scenario; the power goes after each from ``first`` on, and ``done`` is the end as the host saw
-    it."""
+    it. ``steps`` are the calls of its last process at which that can be killed."""
 
     disk: Disk
     first: int
     done: int
+    steps: list[tuple[str, int]]
 
 
 class Workshop:
@@ -315,23 +315,14 @@ class Workshop:
     def begin(self, scenario: Scenario, folder: Path) -> Path:
         """The scenario's store, in ``folder``, which is the device's own folder; gives the store's."""
         key = tuple(scenario.before)
-        if key not in self._made:
-            device = Quick(folder / "store", self.python)
-            folder.mkdir()
-            for do in scenario.before:
-                do(device, self.bundles)
-            self._made[key] = tree_of(folder)
-            shutil.rmtree(folder)
-        if waits in scenario.before:  # its deadline is over by then
-            del self._made[key]
-            return self._fresh(scenario, folder)
-        put_down(self._made[key], folder)
-        return folder / "store"
-
-    def _fresh(self, scenario: Scenario, folder: Path) -> Path:
+        if key in self._made:
+            put_down(self._made[key], folder)
+            return folder / "store"
         folder.mkdir()
-        for do in scenario.before:
+        for do in key:
             do(Quick(folder / "store", self.python), self.bundles)
+        if waits not in key:  # its deadline is of this moment
+            self._made[key] = tree_of(folder)
         return folder / "store"
 
     def record(self, scenario: Scenario, before: str = "") -> Recording:
@@ -350,10 +341,11 @@ class Workshop:
                     replay.read(record)
         if disk.tree() != tree_of(device_folder):
             raise SystemExit(f"{scenario.what}: the record does not give the store as it is: {_differ(disk)}")
+        steps = crash_trace.steps(device.records[-1], device_folder)
         shutil.rmtree(device_folder)
         shutil.rmtree(records)
         said = [number for number, event in enumerate(disk.events) if isinstance(event, Said) and number >= first]
-        return Recording(disk, first, said[-1] + 1 if said else len(disk.events) + 1)
+        return Recording(disk, first, said[-1] + 1 if said else len(disk.events) + 1, steps)
 
     # -- what is left ------------------------------------------------------------------------------------------
 
@@ -455,27 +447,241 @@ class Found:
     torn: list[str] = field(default_factory=list)
 
 
-def power_cuts(workshop: Workshop, scenario: Scenario, recording: Recording, seed: int, randoms: int) -> Found:
-    """Try every prefix in every way. What is found of a disk once is not asked again."""
+def power_cuts(
+    workshop: Workshop,
+    scenario: Scenario,
+    recording: Recording,
+    seed: int,
+    randoms: int,
+    engine_samples: int = ENGINE_SAMPLES,
+    enough: int | None = None,
+) -> Found:
+    """Try every prefix in every way, but no more than ``enough`` torn ones. No disk is tried twice."""
     events = recording.disk.events
     found = Found(len(events) - recording.first, sum(isinstance(event, Synced) for event in events[recording.first :]))
+    tries = [(way, number) for way in WAYS for number in range(randoms if way == "random" else 1)]
     disks: dict[bytes, tuple[Tree, list[str | None], str]] = {}
     for count in range(recording.first, len(events) + 1):
         allowed = [workshop.bundles.digest(name) for name in
                    (scenario.after if count >= recording.done else scenario.during)]  # fmt: skip
-        for way, number in [(way, k) for way in WAYS for k in range(randoms if way == "random" else 1)]:
+        for way, number in tries:
             rng = random.Random(f"{seed} {scenario.what} {count} {way} {number}")
             tree = recording.disk.after(count, WAYS[way], rng)
             found.points += 1
             disks.setdefault(key_of(tree) + repr(allowed).encode(), (tree, allowed, f"after {count}, {way} {number}"))
     found.disks = len(disks)
-    sampled = max(1, len(disks) // ENGINE_SAMPLES)
+    asked = {(2 * k + 1) * len(disks) // (2 * engine_samples) for k in range(engine_samples)}
     for number, (tree, allowed, where) in enumerate(disks.values()):
-        engine = number % sampled == sampled // 2
+        engine = number in asked
         found.asked += engine
         put_down(tree, workshop.folder / "cut")
         problem = workshop.problem(workshop.folder / "cut" / "store", allowed, scenario.again, engine)
         if problem:
             found.torn.append(f"{where}: {problem}")
         shutil.rmtree(workshop.folder / "cut")
+        if len(found.torn) == enough:
+            break
     return found
+
+
+# -- killed ------------------------------------------------------------------------------------------------------------
+
+#: A receiver that dies while others hold on to what it began: each is killed at each of its calls.
+KILLED = (
+    "push to an empty store", "push over an older release", "push that goes on", "push with files of another release",
+    "failed golden gate", "measured and thrown away", "rollback", "collection", "push on trial", "confirmation",
+    "push with a health command",
+)  # fmt: skip
+#: And these on a file system of their own, which is shut down right after that.
+ON_EXT4 = ("push to an empty store", "push over an older release", "rollback")
+
+
+def kills(workshop: Workshop, scenario: Scenario, steps: Sequence[tuple[str, int]]) -> Found:
+    """Kill the receiver at each of ``steps``; nothing that it gave to the kernel is lost."""
+    found = Found()
+    for call, number in steps:
+        store = workshop.begin(scenario, workshop.folder / "device")
+        if not die(workshop, scenario, store, call, number):
+            raise SystemExit(f"{scenario.what}: it was not killed at {call} {number}")
+        found.points += 1
+        judge(workshop, scenario, store, f"killed at {call} {number}", found)
+        shutil.rmtree(workshop.folder / "device")
+    return found
+
+
+def die(workshop: Workshop, scenario: Scenario, store: Path, call: str, number: int) -> bool:
+    """Do the scenario with a receiver that dies there; gives whether it did."""
+    device = Killed(store, workshop.python, call, number)
+    with environment(EDGE_INFER_HOME=str(store)), contextlib.suppress(EdgeInferError):
+        scenario.acts[-1](device, workshop.bundles)
+    return device.died
+
+
+def judge(workshop: Workshop, scenario: Scenario, store: Path, where: str, found: Found) -> None:
+    allowed = [workshop.bundles.digest(name) for name in {*scenario.during, *scenario.after}]
+    problem = workshop.problem(store, allowed, scenario.again, engine=False)
+    if problem:
+        found.torn.append(f"{where}: {problem}")
+
+
+def cuts_on_ext4(workshop: Workshop, scenario: Scenario, steps: Sequence[tuple[str, int]], folder: Path) -> Found:
+    """Kill the receiver at ``steps``, and stop the ext4 file system at once as a power cut does. Needs root."""
+    found = Found()
+    image, place = folder / "image", folder / "mounted"
+    for call, number in steps:
+        crash_device.make_image(image)
+        with crash_device.mounted(image, place):
+            store = workshop.begin(scenario, place / "device")
+            crash_device.sync_all(place)
+            if not die(workshop, scenario, store, call, number):
+                raise SystemExit(f"{scenario.what}: it was not killed at {call} {number}")
+            (place / "unsynced").write_bytes(bytes(10_000))
+            crash_device.cut_power(place)
+        with crash_device.mounted(image, place):
+            if (place / "unsynced").exists() and (place / "unsynced").stat().st_size:
+                raise SystemExit("what was not synced outlasts the shut down here, so that it shows nothing")
+            found.points += 1
+            judge(workshop, scenario, place / "device" / "store", f"ext4, killed at {call} {number}", found)
+    return found
+
+
+# -- broken on purpose -------------------------------------------------------------------------------------------------
+
+#: What a receiver that is broken that way runs first. Each must be found out.
+BROKEN = {
+    "nothing is synced": "os.fsync = lambda d: None",
+    "files are not synced": "os.fsync = lambda d: stat.S_ISREG(os.fstat(d).st_mode) or sync(d)",
+    "folders are not synced": "os.fsync = lambda d: stat.S_ISDIR(os.fstat(d).st_mode) or sync(d)",
+    "the pointer is written in place": "os.replace = lambda a, b: os.unlink(a) if shutil.copyfile(a, b) else None",
+}
+BEFORE = "import os, shutil, stat; sync = os.fsync; "
+
+
+# -- docs/crash-points.md ----------------------------------------------------------------------------------------------
+
+Report = dict[str, list[dict[str, object]]]
+COLUMNS = {
+    "cuts": ("scenario", "events>", "syncs>", "power cuts tried>", "different disks>", "run by the engine>", "torn>"),
+    "kills": ("scenario", "killed at>", "torn>"),
+    "ext4": ("scenario", "shut down at>", "torn>"),
+    "broken": ("receiver", "power cuts tried>", "different disks>", "torn>"),
+}  # fmt: skip
+FIELDS = {
+    "cuts": ("events", "syncs", "points", "disks", "asked"),
+    "kills": ("points",),
+    "ext4": ("points",),
+    "broken": ("points", "disks"),
+}
+
+
+def row_of(part: str, what: str, found: Found) -> dict[str, object]:
+    return {"what": what, **{name: getattr(found, name) for name in FIELDS[part]}, "torn": len(found.torn)}
+
+
+def table(part: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
+    names = (*FIELDS[part], "torn")
+    cells = [[str(row["what"]), *(f"{row[name]:,}" for name in names)] for row in rows]
+    if len(rows) > 1 and part != "broken":
+        sums = {name: sum(int(str(row[name])) for row in rows) for name in names}
+        cells.append(["**all**", *(f"**{sums[name]:,}**" for name in names)])
+    return pages.markdown(COLUMNS[part], cells)
+
+
+def write_docs(report: dict[str, object]) -> None:
+    DATA.write_text(json.dumps(report, indent=1) + "\n")
+    PAGE.write_text(page(report, PAGE.read_text()))
+
+
+def page(report: dict[str, object], text: str) -> str:
+    """``text`` with the tables that ``report`` gives."""
+    parts: Report = report["parts"]  # type: ignore[assignment]
+    for part in COLUMNS:
+        made = f"Seed {report['seed']}, {report['randoms']} at random; {report['machine']}."
+        text = pages.between(text, part, [*([made, ""] if part == "cuts" else []), *table(part, parts[part])])
+    return text
+
+
+def machine() -> str:
+    from importlib.metadata import version
+
+    return f"Linux {platform.release()}, Python {platform.python_version()}, onnxruntime {version('onnxruntime')}"
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(workshop: Workshop, args: argparse.Namespace, folder: Path) -> tuple[Report, list[str]]:
+    """Everything that was asked for; the rows of the tables, and what was torn."""
+    report: Report = {part: [] for part in COLUMNS}
+    torn: list[str] = []
+
+    def tell(part: str, what: str, found: Found) -> None:
+        report[part].append(row_of(part, what, found))
+        counts = ", ".join(f"{name} {getattr(found, name)}" for name in FIELDS[part])
+        print(f"{part}: {what}: {counts}, torn {len(found.torn)}", flush=True)
+        if part != "broken":
+            torn.extend(f"{what}, {line}" for line in found.torn)
+
+    for what in args.scenarios:
+        recording = workshop.record(SCENARIOS[what])
+        if "cuts" in args.parts:
+            tell("cuts", what, power_cuts(workshop, SCENARIOS[what], recording, args.seed, args.randoms))
+        if "kills" in args.parts and what in KILLED:
+            tell("kills", what, kills(workshop, SCENARIOS[what], recording.steps))
+        if "ext4" in args.parts and what in ON_EXT4:
+            tell("ext4", what, cuts_on_ext4(workshop, SCENARIOS[what], recording.steps[::3], folder))
+    if "broken" in args.parts:
+        scenario = SCENARIOS["push over an older release"]
+        for what, code in BROKEN.items():
+            recording = workshop.record(scenario, f"{BEFORE}{code}\n")
+            tell("broken", what, power_cuts(workshop, scenario, recording, args.seed, 1, engine_samples=0))
+    return report, torn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="WHAT")
+    parser.add_argument("--parts", nargs="+", choices=COLUMNS, help="all of them; ext4 with root only")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--random", type=int, default=4, dest="randoms", help="disks at random after each event")
+    parser.add_argument(
+        "--bundles", nargs=2, type=Path, metavar=("OLD", "NEW"), help="ONNX bundles of a model `digits`"
+    )
+    parser.add_argument("--docs", action="store_true", help="put all into docs/crash-points.json and its page")
+    args = parser.parse_args()
+    if args.docs and (args.parts or len(args.scenarios) < len(SCENARIOS)):
+        parser.error("--docs takes all parts of all scenarios")
+    args.parts = args.parts or [part for part in COLUMNS if part != "ext4" or os.getuid() == 0]
+    old, new = map(open_bundle, args.bundles or (digits("int8"), digits("float32")))
+    memory = Path("/dev/shm")
+    with (
+        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        workshop = Workshop(Path(scratch).resolve(), make_bundles(old, new, Path(scratch)))
+        report, torn = run(workshop, args, Path(folder))
+    if args.docs:
+        write_docs({"seed": args.seed, "randoms": args.randoms, "machine": machine(), "parts": report})
+    for line in torn:
+        print(f"TORN: {line}")
+    tried = sum(int(str(row["points"])) for part in ("cuts", "kills", "ext4") for row in report[part])
+    missed = [row["what"] for row in report["broken"] if not row["torn"]]
+    print(f"points tried: {tried:,}, torn: {len(torn)}" + "".join(f"; NOT FOUND OUT: {what}" for what in missed))
+    return 1 if torn or missed else 0
+
+
+def in_memory() -> Path | None:
+    """Where temporary files need no disk, so that a sync costs nothing; None where there is no such place."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else None
+
+
+def digits(precision: str) -> Path:
+    """The trained digits network, packaged when it is not there."""
+    from fuzz_cases import bundle_of
+
+    return bundle_of(f"digits-onnx-{precision}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

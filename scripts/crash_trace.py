@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from crash_disk import Disk, Node
@@ -123,7 +123,7 @@ class Replay:
             handle = HANDLERS.get(call.name)
             if handle is not None:
                 handle(self, call)
-            elif call.name in UNKNOWN and self.root in str(call.arguments).replace("\\x", ""):
+            elif call.name in UNKNOWN and os.fsencode(self.root).hex() in "".join(call.arguments).replace("\\x", ""):
                 raise ValueError(f"{call} is not modelled")
 
     # -- finding things ----------------------------------------------------------------------------------------
@@ -151,6 +151,8 @@ class Replay:
             found = DESCRIPTOR.match(call.arguments[folder])
             assert found is not None and found[2] is not None, call
             name = _hex_text(found[2]) + "/" + name
+        if not name.startswith("/"):
+            raise ValueError(f"{call.name} of {name!r} is relative to a folder that the record does not say")
         name = os.path.normpath(name)
         if not self.is_inside(name) or name == self.root:
             return None
@@ -342,3 +344,29 @@ HANDLERS: dict[str, Callable[[Replay, Call], None]] = {
     "syncfs": Replay.sync,
     **dict.fromkeys(("clone3", "fork", "vfork"), Replay.clone),
 }
+
+
+# -- where to kill -----------------------------------------------------------------------------------------------------
+
+
+def steps(record: Path, root: Path) -> list[tuple[str, int]]:
+    """Calls with which the recorded process itself changes ``root`` or answers its host: name, and which of that name.
+
+    Failed calls count, since strace counts them when it is to kill at one.
+    """
+    host, counted, found = "", dict.fromkeys(CHANGES, 0), []
+    wanted = os.fsencode(root).hex()
+    for line in record.read_text("ascii").splitlines():
+        entered = re.match(r"(\d+) +(\w+)\((.*)", line)
+        if entered is None:
+            continue
+        host = host or entered[1]
+        pid, name, rest = entered.groups()
+        if pid != host or name not in counted:
+            continue
+        counted[name] += 1
+        answers = name == "write" and rest.startswith("1<")
+        changes = wanted in rest.replace("\\x", "") and (name != "openat" or "O_CREAT" in rest)
+        if answers or changes:
+            found.append((name, counted[name]))
+    return found

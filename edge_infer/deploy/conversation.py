@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib
 import inspect
@@ -70,7 +71,8 @@ def open_transport(address: str, **ssh_options: Any) -> Transport:
     return SshTransport(address, **ssh_options)
 
 
-def payload(more: Sequence[str] = ()) -> bytes:
+@functools.cache
+def payload(more: tuple[str, ...] = ()) -> bytes:
     """The receiver and what it needs, as one compressed program with its length before it.
 
     ``more`` are modules beyond those of a push; the last of them takes the receiver's place.
@@ -104,7 +106,7 @@ class Conversation:
         self._store = str(transport.store.absolute()) if isinstance(transport, LocalTransport) else store
         python = sys.executable if local else "python3"
         self._process: Process = transport.start([python, "-c", BOOTSTRAP])
-        self._unsent = payload(more)
+        self._unsent = payload(tuple(more))
 
     def ask(self, op: str, **request: Any) -> Mapping[str, Any]:
         """Send a request and wait for its answer. Raises the device's own error, or DeviceError."""
