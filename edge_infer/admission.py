@@ -20,6 +20,9 @@ from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, OutOfM
 #: A model that has not answered its few golden questions by then never will.
 TIMEOUT_S = 120.0
 
+#: An error may quote what it was given, which may be megabytes.
+MESSAGE_CHARS = 4000
+
 #: Lets an engine write what it likes to standard error: a crash's last words are read there.
 ENGINE_WORDS = "EDGE_INFER_ENGINE_WORDS"
 
@@ -129,7 +132,7 @@ def _tail(words: str) -> str:
 
 def describe(error: BaseException) -> Dict[str, str]:
     """An error as JSON can carry it to another process; ``rebuild`` is the way back."""
-    return {"type": type(error).__name__, "message": str(error)}
+    return {"type": type(error).__name__, "message": str(error)[:MESSAGE_CHARS]}
 
 
 def rebuild(row: Mapping[str, Any]) -> EdgeInferError:

@@ -39,6 +39,8 @@ from edge_infer.pointer import Pointer, parse_pointer, pending_for
 
 #: How many releases of a model are kept: the one in use and the one to go back to.
 KEEP = 2
+#: What a store keeps below its root.
+FOLDERS = ("releases", "current", "journal", "cache", "staging")
 #: Two digests take 130 bytes; a pointer is small however many are kept.
 POINTER_MAX_BYTES = 64 * 1024
 #: What an interrupted push left is kept for so long, so that it can go on.
@@ -180,10 +182,11 @@ class Store:
         """Hold the store for one change; the kernel lets go of it when the process ends, however it ends.
 
         Waits ``wait_s`` seconds for another change to end. ``who`` is told to those who find it busy. Raises
-        DeviceError when it stays busy.
+        DeviceError when it stays busy, or is no store to write in.
         """
         if not (self.root / "lock").exists():
             self._make_root()
+        self._refuse_links()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(str(self.root / "lock"), flags, 0o644)
         try:
@@ -200,6 +203,14 @@ class Store:
         for folder in self.root.absolute().parents:
             with contextlib.suppress(OSError):  # not every folder above it may be read
                 sync_directory(folder)
+
+    def _refuse_links(self) -> None:
+        """Raise DeviceError where a link stands for a folder: a push would write and a collection empty what it
+        leads to."""
+        folders = [self.root / name for name in FOLDERS] + sorted((self.root / "releases").glob("*"))
+        for path in folders:
+            if path.is_symlink():
+                raise DeviceError(f"{path} is a link, expected a folder of the store's own; remove the link")
 
     def _wait_for_lock(self, descriptor: int, wait_s: float) -> None:
         end = time.monotonic() + wait_s
@@ -224,6 +235,8 @@ class Store:
     def staging(self, digest: str) -> Path:
         """The folder in which a push of ``digest`` gathers files; made when missing."""
         path = self.root / "staging" / digest
+        if path.is_symlink():
+            path.unlink()
         path.mkdir(parents=True, exist_ok=True)
         return path
 

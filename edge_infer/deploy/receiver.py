@@ -109,6 +109,10 @@ class Receiver:
             self.tell({"error": admission.describe(error)})
         except OSError as error:
             self.tell({"error": admission.describe(_device_error(error, self.store.root))})
+        except (
+            Exception
+        ) as error:  # what no request of a host leads to, such as a path with a NUL or a number of megabytes
+            self.tell({"error": admission.describe(DeviceError(f"the device cannot do that: {error!r}"))})
 
     def read(self) -> Optional[Mapping[str, Any]]:
         line = self.asked.readline(MAX_LINE_BYTES)
@@ -118,14 +122,16 @@ class Receiver:
             value = json.loads(line)
         except (ValueError, RecursionError):
             raise DeviceError("the host sent a line that is not JSON; use the same edge-infer on both ends") from None
-        if not isinstance(value, dict) or value.get("op") not in self.requests:
+        op = value.get("op") if isinstance(value, dict) else None
+        if not isinstance(op, str) or op not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
-        for name, kinds in {**self.fields[value["op"]], "store": TEXT_OR_NONE}.items():
-            if not _is_valid(name, value.get(name), kinds):
-                raise DeviceError(f"the host's request {value['op']!r} has no valid {name!r}")
-        if value["op"] in AFTER_BEGIN and self.incoming is None:
-            raise DeviceError(f"the host's request {value['op']!r} came before it said which bundle it pushes")
-        return value
+        request = {"op": op, "store": None, **dict.fromkeys(self.fields[op]), **value}
+        for name, kinds in {**self.fields[op], "store": TEXT_OR_NONE}.items():
+            if not _is_valid(name, request[name], kinds):
+                raise DeviceError(f"the host's request {op!r} has no valid {name!r}")
+        if op in AFTER_BEGIN and self.incoming is None:
+            raise DeviceError(f"the host's request {op!r} came before it said which bundle it pushes")
+        return request
 
     def answer(self, request: Mapping[str, Any]) -> None:
         if request["op"] not in AFTER_BEGIN:
