@@ -1,7 +1,8 @@
 """A bundle on disk: open it, verify it, write it.
 
 A bundle is a directory that is never changed after it was written. ``manifest.json`` holds length and SHA-256 of
-every other file; nothing else may lie there. Standard library only, Python >= 3.8: a push sends this file along.
+every other file; nothing else may lie there but ``manifest.sig``, which says who made it. Standard library only,
+Python >= 3.8: a push sends this file along.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Mapping, Optional
 
 from edge_infer.errors import BundleError, UsageError
-from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, FileEntry, Manifest, parse
+from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, parse
 from edge_infer.records import Record
 
 #: Reading in pieces of this size keeps the memory of a check flat.
 CHUNK_BYTES = 1024 * 1024
 #: A file changed more recently than this may change again within one tick of the file system's clock, unseen.
 SETTLED_NS = 100_000_000
+#: A plain key's signature has half a kilobyte, one with a certificate a few.
+SIGNATURE_MAX_BYTES = 64 * 1024
 VERIFY_MODES = ("auto", "full")
 
 
@@ -80,6 +83,9 @@ def check_listing(path: Path, manifest: Manifest) -> None:
     except OSError as error:
         raise BundleError(f"{path} cannot be listed: {error.strerror}; package or push the model again") from None
     found.pop(MANIFEST_NAME, None)
+    signature = found.pop(SIGNATURE_NAME, None)
+    if signature and not (stat.S_ISREG(signature.st_mode) and signature.st_size <= SIGNATURE_MAX_BYTES):
+        raise BundleError(f"{path / SIGNATURE_NAME} is not a plain file of at most {SIGNATURE_MAX_BYTES} bytes")
     for name in sorted(found.keys() - manifest.files.keys()):
         raise BundleError(f"{path} holds {name!r}, which its manifest does not list; remove it or package again")
     for name, entry in sorted(manifest.files.items()):

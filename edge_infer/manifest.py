@@ -20,6 +20,8 @@ from edge_infer.records import Record
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
+#: Who made the bundle, if they signed it: beside the manifest, since it says something of the manifest's hash.
+SIGNATURE_NAME = "manifest.sig"
 #: The field of a sealed JSON object that holds its own hash.
 SEAL = "sha256"
 #: A manifest larger than this is refused unread: it names files and tensors, it holds no data.
@@ -544,8 +546,9 @@ def _check_references(manifest: Manifest) -> None:
     for name in named:
         if name is not None and name not in manifest.files:
             raise BundleError(f"the manifest names the file {name!r} but lists no length and hash for it")
-    if MANIFEST_NAME in manifest.files:
-        raise BundleError("the manifest lists itself, which no manifest can")
+    for name in (MANIFEST_NAME, SIGNATURE_NAME):
+        if name in manifest.files:
+            raise BundleError(f"the manifest lists {name}, whose hash it cannot hold")
     for kind, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
         names = [spec.name for spec in specs]
         _expect(len(set(names)) == len(names) and bool(names), kind, "at least one, each name once", names)

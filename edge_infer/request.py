@@ -16,6 +16,7 @@ from edge_infer.manifest import (
     MANIFEST_NAME,
     PLAIN_NAME,
     PRECISIONS,
+    SIGNATURE_NAME,
     Postprocessing,
     Preprocessing,
     TensorSpec,
@@ -28,7 +29,7 @@ from edge_infer.store import is_model_name
 from edge_infer.target import TargetProfile
 
 GOLDEN = "golden.npz"
-RESERVED = {MANIFEST_NAME, GOLDEN, "model.tflite", "model.onnx", "model.torchscript", "weights.bin"}
+RESERVED = {MANIFEST_NAME, SIGNATURE_NAME, GOLDEN, "model.tflite", "model.onnx", "model.torchscript", "weights.bin"}
 SCOPES = ("global", "layer")
 
 

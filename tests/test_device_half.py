@@ -176,7 +176,8 @@ def test_no_host_module_or_other_framework_is_imported_to_run_a_bundle(
     own = {"tflite": "ai_edge_litert", "onnx": "onnxruntime", "torchscript": "torch"}[format]
     assert frameworks & {name.split(".")[0] for name in names} == {own}
     modules = {name for name in names if name.startswith("edge_infer.")}
-    allowed = {"errors", "records", "manifest", "bundle", "pointer", "journal", "store", "runtime", "admission"}
+    allowed = {"errors", "records", "manifest", "bundle", "pointer", "journal", "store", "trust"}
+    allowed |= {"runtime", "admission"}
     assert {name.split(".")[1] for name in modules} <= allowed
     parts = {"tflite": {"tflite", "litert", "litert_library"}, "onnx": {"onnx", "onnx_providers"}}.get(format, {format})
     assert {name.rpartition(".")[2] for name in modules if ".engines." in name} == parts

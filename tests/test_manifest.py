@@ -302,9 +302,10 @@ def test_a_golden_file_that_is_not_listed_is_refused(plain: Any) -> None:
     assert "'golden.npz'" in refused(plain)
 
 
-def test_a_manifest_that_lists_itself_is_refused(plain: Any) -> None:
-    plain["files"]["manifest.json"] = {"size": 1, "sha256": HASH}
-    assert "lists itself" in refused(plain)
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sig"])
+def test_a_manifest_that_lists_itself_or_its_signature_is_refused(plain: Any, name: str) -> None:
+    plain["files"][name] = {"size": 1, "sha256": HASH}
+    assert f"lists {name}, whose hash it cannot hold" in refused(plain)
 
 
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])

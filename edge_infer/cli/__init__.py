@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from edge_infer.cli import cache, converters, devices, doctor, package, provision, targets
+    from edge_infer.cli import cache, converters, devices, doctor, package, provision, targets, trust
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -46,4 +46,5 @@ def _parser() -> argparse.ArgumentParser:
     devices.add_commands(commands)
     provision.add_command(commands)
     doctor.add_command(commands)
+    trust.add_commands(commands)
     return parser

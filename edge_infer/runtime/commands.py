@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edge_infer import bundle as bundles
+from edge_infer import trust
 from edge_infer.bundle import Bundle
 from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.manifest import SetScore, to_json
@@ -40,6 +41,7 @@ def info(source: Source) -> dict[str, Any]:
         "name": manifest.name,
         "version": manifest.version,
         "digest": bundle.digest,
+        "signed": trust.said(bundle),
         "path": str(bundle.path),
         "target": manifest.target.name,
         "format": manifest.artifact.format,
@@ -112,6 +114,7 @@ def prepare(path: Path, folder: Path, provider: str | None = None, prepack: bool
     """
     bundle = bundles.open_bundle(path)
     bundles.verify(bundle, mode="full", inspect=check_model)
+    trust.require_signed(bundle)
     if provider is None:
         _require_different_sizes(bundle)
     options = EngineOptions(default_threads(), (provider,) if provider else None, prepack=prepack)

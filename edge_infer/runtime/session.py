@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer import bundle as bundles
+from edge_infer import trust
 from edge_infer.bundle import Bundle
 from edge_infer.errors import InputError, SessionClosed, UsageError
 from edge_infer.manifest import PROVIDERS, TensorSpec
@@ -60,8 +61,8 @@ def load(
     imported engine; mapped files do not count. What is known to take more is refused at once, the rest is measured,
     and closed when it took more (docs/loading.md). A model known not to fit the memory that is there is always refused.
 
-    Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged), EngineMissing, EngineError,
-    OutOfMemory.
+    Raises UsageError (nothing there), ReleaseNotFound, BundleError (damaged, or not signed as this device demands),
+    EngineMissing, EngineError, OutOfMemory.
     """
     bundle = find_bundle(source)
     if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -91,6 +92,7 @@ def open_session(
     max_memory: int | None = None,
 ) -> Session:
     """``load`` for a bundle whose files were checked, with a setting that is known."""
+    trust.require_signed(bundle, cache, verify)
     options = EngineOptions(setting.threads, providers, cache, verify, setting.spinning, setting.prepack, max_memory)
     before = _private_bytes_of_engine(bundle) if max_memory is not None else 0
     with kept_to(setting.cores):
