@@ -125,13 +125,15 @@ def demand(
 def read_policy(path: Path) -> Optional[bytes]:
     """The content of a file that decides whom this device trusts; None when there is none. Raises DeviceError."""
     try:
+        os.lstat(str(path))
+    except FileNotFoundError:
+        return None
+    except OSError:
+        pass  # who may not even look must not take it for absent
+    try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             data = file.read(POLICY_MAX_BYTES + 1) if plain else b""
-    except FileNotFoundError:
-        if not path.is_symlink():
-            return None
-        reason = "it is a link to nothing"
     except OSError as error:
         reason = str(error.strerror)
     else:

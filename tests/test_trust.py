@@ -539,6 +539,12 @@ def test_a_file_that_decides_and_cannot_be_read_lets_nobody_in(
         check(root, bundle)
 
 
+def test_a_folder_that_cannot_be_looked_into_lets_nobody_in(make: Make, keys: Path, root: Path, system: Path) -> None:
+    system.write_text("a file")
+    with pytest.raises(DeviceError, match=r"etc/allowed_signers\.tflite cannot be read: Not a directory"):
+        check(root, make(key=keys / "ed25519"))
+
+
 def test_without_ssh_keygen_a_device_with_keys_takes_nothing(
     make: Make, keys: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
