@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def ask(store: Store, verb: str = "show", text: str | None = None, **more: Any) -> dict[str, Any]:
-    return signers.answer(store, {"verb": verb, "text": text, **more})
+    return signers.trust_request(store, {"verb": verb, "text": text, **more})
 
 
 def line(keys: Path, name: str, principal: str = "") -> str:
@@ -280,7 +280,7 @@ def test_a_list_that_no_device_would_read_is_refused(store: Store, keys: Path) -
 @pytest.mark.parametrize("request_", [{"verb": "forget"}, {"verb": "add", "format": "../x"}])
 def test_an_unknown_request_is_refused(store: Store, request_: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected one of"):
-        signers.answer(store, request_)
+        signers.trust_request(store, request_)
 
 
 def test_a_private_key_goes_nowhere(keys: Path) -> None:

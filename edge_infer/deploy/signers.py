@@ -29,7 +29,7 @@ PUBLIC_KEY = re.compile(KEY)
 SIGNER = re.compile(r'(?P<principals>"[^"]*"|[^\s"]+)[ \t]+(?:(?P<options>(?:[^\s"]|"[^"]*")+)[ \t]+)?' + KEY)
 
 
-def answer(store: Store, request: Mapping[str, Any]) -> Dict[str, Any]:
+def trust_request(store: Store, request: Mapping[str, Any]) -> Dict[str, Any]:
     """Do what ``request`` asks, with the store locked, and give what is so then.
 
     ``verb`` is show, set (``text`` is the whole file), add (its lines), remove (``text`` is a fingerprint or the
