@@ -390,7 +390,7 @@ def test_what_is_no_signature_is_refused(make: Make, keys: Path, root: Path) -> 
         "line ends of another system": good.replace(b"\n", b"\r\n"),
         "two statements": statement + good,
         "zeros": bytes(1000),
-        "too long": good + b"A" * SIGNATURE_MAX_BYTES,
+        "too long": good.replace(b"-----END", b"A" * SIGNATURE_MAX_BYTES + b"\n-----END"),
     }
     for what, data in forms.items():
         assert "damaged, or of a kind" in refused(root, bundle, signature=data), what
@@ -781,6 +781,33 @@ def test_a_verdict_is_kept_until_something_that_it_follows_from_changes(
         answers("digits")
 
 
+def test_a_note_is_as_good_as_the_folder_it_lies_in(
+    onnx: Bundle, keys: Path, own_home: Path, system: Path, tmp_path: Path
+) -> None:
+    """Who owns the store can write that its own bundle was found good; who believes only its own notes is not told."""
+    allow(system, f"anna {public_key(keys / 'ed25519')}")
+    release = put(own_home, onnx, keys / "other")
+    wanted = trust.demand(own_home, "digits", "onnx")
+    assert wanted is not None
+    asked = trust._asked(wanted, onnx.digest, signature_of(release).read_bytes())
+    forged = Signed("anna", shown(keys / "ed25519"), 1, 1)
+    trust._write_stamp(own_home / "cache" / f"{onnx.digest}.signed", asked, forged)
+    answers("digits")
+    for elsewhere in ({"cache_dir": tmp_path / "own"}, {"verify": "full"}):
+        with pytest.raises(BundleError, match="does not allow"):
+            answers("digits", **elsewhere)
+
+
+def test_a_key_that_ended_leaves_what_was_found_good(onnx: Bundle, keys: Path, own_home: Path) -> None:
+    allow(own_home, f'anna valid-before="{date(3)}" {public_key(keys / "ed25519")}')
+    put(own_home, onnx, keys / "ed25519")
+    answers("digits")
+    trust.keep_serial(own_home, "another", "0" * 64, Signed("bob", "SHA256:x", 7, int(time.time()) + 5 * DAY_S))
+    answers("digits")
+    with pytest.raises(BundleError, match="key has expired"):
+        answers("digits", verify="full")
+
+
 def test_a_key_taken_away_takes_its_models_with_it(onnx: Bundle, keys: Path, own_home: Path) -> None:
     allow(own_home, f"anna {public_key(keys / 'ed25519')}")
     put(own_home, onnx, keys / "ed25519")
@@ -877,3 +904,15 @@ def test_a_damaged_bundle_is_not_signed(make: Make, keys: Path) -> None:
 @pytest.mark.parametrize("name", ["trust", "deploy/signers"])
 def test_what_a_push_sends_along_is_python_3_8(name: str) -> None:
     ast.parse((ROOT / "edge_infer" / f"{name}.py").read_text(), feature_version=(3, 8))
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_test_that_the_page_names_is_one() -> None:
+    page = (ROOT / "docs" / "trust.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    files = (ROOT / "tests").glob("test_*.py")
+    there = {name for path in files for name in re.findall(r"(?m)^def (test_\w+)", path.read_text())}
+    assert len(named) > 30
+    assert named <= there
