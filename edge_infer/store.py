@@ -34,7 +34,7 @@ from edge_infer.bundle import (
     verify_files,
 )
 from edge_infer.errors import BundleError, DeviceError, ReleaseNotFound, UsageError
-from edge_infer.manifest import MANIFEST_NAME, PLAIN_NAME, SHA256
+from edge_infer.manifest import PLAIN_NAME, SHA256
 from edge_infer.pointer import Pointer, parse_pointer, pending_for
 
 #: How many releases of a model are kept: the one in use and the one to go back to.
@@ -252,8 +252,8 @@ class Store:
             )
         unknown = {file: entry for file, entry in bundle.manifest.files.items() if file not in hashed}
         verify_files(staged, unknown)
-        for file in [*bundle.manifest.files, MANIFEST_NAME]:
-            sync_file(staged / file)
+        for path in staged.iterdir():  # the manifest's files, itself and its signature: nothing else lies there
+            sync_file(path)
         sync_directory(staged)
         path = self.release(name, digest)
         path.parent.mkdir(parents=True, exist_ok=True)

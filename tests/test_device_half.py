@@ -33,9 +33,11 @@ SENT = [
     "pointer",
     "journal",
     "store",
+    "trust",
     "admission",
     "deploy/device",
     "deploy/incoming",
+    "deploy/signers",
     "deploy/trial",
     "deploy/receiver",
 ]

@@ -44,6 +44,9 @@ def _add_push(commands: Any) -> Any:
     push.add_argument(
         "--health", metavar="COMMAND", help="a shell command there that confirms it by succeeding in time (60 s)"
     )
+    push.add_argument(
+        "--allow-older", action="store_true", help="a signed bundle of a smaller serial than one that was in use there"
+    )
     _add_keep(push)
     _add_python(push)
     _add_wait(push)
@@ -172,6 +175,7 @@ def push_options(args: argparse.Namespace) -> Any:
         tune=args.tune,
         confirm_within_s=args.confirm_within,
         health=args.health,
+        allow_older=args.allow_older,
     )
 
 
@@ -205,6 +209,7 @@ def _check_sftp_options(args: argparse.Namespace) -> None:
         "--health": args.health is not None,
         "--keep": args.keep != KEEP,
         "--wait": bool(args.wait),
+        "--allow-older": args.allow_older,
     }
     refused = [option for option, is_asked in asked.items() if is_asked]
     if refused:

@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
     trust.add_argument("--format", choices=FORMATS, help="a list for this format only")
     trust.add_argument("--force", action="store_true", help="even if a model in use would not load any more")
     trust.epilog = "DEVICE is local:PATH, user@host[:port] or an alias of ~/.ssh/config."
+    trust.add_argument("--store", metavar="FOLDER", help="the device's store (default: ~/.edge-infer there)")
     add_ssh_options(trust)
     trust.set_defaults(call=call_trust, show=show_trust)
     for parser in (sign, trust):
@@ -76,7 +77,7 @@ def call_trust(args: argparse.Namespace) -> dict[str, Any]:
 
     verb, text = _request(args)
     with contextlib.closing(open_transport(args.device, **ssh_options(args))) as transport:
-        return dict(change_signers(transport, verb, text, args.format, args.force))
+        return dict(change_signers(transport, verb, text, args.format, args.force, args.store))
 
 
 def _request(args: argparse.Namespace) -> tuple[str, str | None]:

@@ -30,9 +30,11 @@ MODULES = (
     "edge_infer.pointer",
     "edge_infer.journal",
     "edge_infer.store",
+    "edge_infer.trust",
     "edge_infer.admission",
     "edge_infer.deploy.device",
     "edge_infer.deploy.incoming",
+    "edge_infer.deploy.signers",
     "edge_infer.deploy.trial",
     "edge_infer.deploy.receiver",
 )

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set
 
-from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle
+from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle, replace_file
 from edge_infer.errors import BundleError, DeviceError, UsageError
-from edge_infer.manifest import MANIFEST_NAME, FileEntry, Manifest
+from edge_infer.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
 from edge_infer.store import Store
 
 #: Of what an interrupted push left, each piece of so many bytes is compared with the host's.
@@ -72,11 +72,11 @@ class Arrivals:
 
 
 class Incoming(Arrivals):
-    """The bundle with this manifest and digest, on its way into ``store``."""
+    """The bundle with this manifest, digest and ``manifest.sig``, on its way into ``store``."""
 
-    def __init__(self, store: Store, manifest: Manifest, digest: str) -> None:
+    def __init__(self, store: Store, manifest: Manifest, digest: str, signature: Optional[bytes] = None) -> None:
         super().__init__(store, manifest.files, digest)
-        self.manifest = manifest
+        self.manifest, self.signature = manifest, signature
 
     def copies(self) -> List[str]:
         """Files that need not be sent since another release has the same."""
@@ -109,11 +109,20 @@ class Incoming(Arrivals):
                 shutil.copyfile(str(same), str(staged / name))
         _remove_file(staged / MANIFEST_NAME)
         (staged / MANIFEST_NAME).write_bytes(self.manifest.to_bytes())
+        _remove_file(staged / SIGNATURE_NAME)
+        if self.signature is not None:
+            (staged / SIGNATURE_NAME).write_bytes(self.signature)
         try:
             self.store.admit(staged, self.manifest.name, self.digest, self._right)
         except BundleError:
             self._remove_damaged(staged)
             raise
+
+    def replace_signature(self) -> None:
+        """Give the release that is here already the signature which came now."""
+        path = self.store.release(self.manifest.name, self.digest) / SIGNATURE_NAME
+        if self.signature is not None and not (path.exists() and path.read_bytes() == self.signature):
+            replace_file(path, self.signature)
 
     def _remove_damaged(self, staged: Path) -> None:
         wanted = self.files

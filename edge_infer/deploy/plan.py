@@ -29,7 +29,8 @@ class PushOptions:
     ``store``: the folder of its store. ``keep``: how many releases of the model stay. ``wait_s``: how long to wait for
     another push to end. ``timeout_s``: for the self-test. ``tune``: measure how the model runs fastest before it
     serves. ``confirm_within_s``: it serves on trial until it is confirmed, for so long. ``health``: a shell command
-    there that confirms it by succeeding, within 60 s where nothing else is said.
+    there that confirms it by succeeding, within 60 s where nothing else is said. ``allow_older``: a signed bundle may
+    have a smaller serial than one that was in use there.
     """
 
     python: str | None = None
@@ -40,6 +41,7 @@ class PushOptions:
     tune: bool = False
     confirm_within_s: float | None = None
     health: str | None = None
+    allow_older: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that means nothing."""

@@ -17,6 +17,7 @@ from edge_infer.deploy.incoming import PIECE_BYTES, PIECE_DIGITS
 from edge_infer.deploy.plan import PushOptions, Step, make_plan
 from edge_infer.deploy.transport import Transport
 from edge_infer.store import KEEP
+from edge_infer.trust import read_signature
 
 Progress = Callable[[str], None]
 #: How often the share of a file that has gone is told.
@@ -77,7 +78,16 @@ def push(
 def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> tuple[Mapping[str, Any], list[Step]]:
     """What the device answers, and the steps that follow from it."""
     text = bundle.manifest.to_bytes().decode()
-    answer = device.ask("begin", manifest=text, python=options.python, who=myself(), wait_s=options.wait_s)
+    signature = read_signature(bundle.path)
+    answer = device.ask(
+        "begin",
+        manifest=text,
+        signature=None if signature is None else signature.decode("ascii", "replace"),
+        allow_older=options.allow_older,
+        python=options.python,
+        who=myself(),
+        wait_s=options.wait_s,
+    )
     return answer, make_plan(bundle.manifest, bundle.digest, answer, sound_starts(bundle, answer["have"]), options)
 
 

@@ -3,7 +3,7 @@
 It speaks lines of JSON on standard input and output. A ``file`` request is followed by that many raw bytes; every
 other request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "message": ...}}``, after which it ends.
 
-    begin     manifest, python, who, wait_s -> facts, what is here of each file, releases in use and before
+    begin     manifest, signature, allow_older, python, who, wait_s -> facts, what is here of each file, releases in use and before
     make-room -> bytes freed of what other pushes left behind
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
     finish    timeout_s, tune, keep, confirm_within_s, health -> verify, self-test in a child, tune, activate, collect
@@ -13,6 +13,7 @@ other request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "
     rollback  name, digest -> the release now in use
     confirm   name -> the release now in use
     collect   name, keep -> bytes freed
+    trust     verb, text, format, force -> who may sign what runs here (signers.py)
 
 Any of them may name a ``store``. A host that says nothing for two minutes is taken as gone.
 """
@@ -28,13 +29,15 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
-from edge_infer import admission
+from edge_infer import admission, trust
 from edge_infer.deploy.device import facts, serving_python
 from edge_infer.deploy.incoming import Incoming, known_digests
+from edge_infer.deploy.signers import trust_request
 from edge_infer.deploy.trial import wait_for_health
 from edge_infer.errors import DeviceError, EdgeInferError, SelfTestFailed
 from edge_infer.manifest import parse
 from edge_infer.store import Store, default_root
+from edge_infer.trust import Signed
 
 #: A request line may hold a whole manifest.
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -47,7 +50,10 @@ TEXT, TEXT_OR_NONE, NUMBER = (str,), (str, type(None)), (int, float)
 NUMBER_OR_NONE = (int, float, type(None))
 #: What each request must hold beside ``store``.
 FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
-    "begin": {"manifest": TEXT, "python": TEXT_OR_NONE, "who": TEXT, "wait_s": NUMBER},
+    "begin": {
+        "manifest": TEXT, "signature": TEXT_OR_NONE, "allow_older": (bool,),
+        "python": TEXT_OR_NONE, "who": TEXT, "wait_s": NUMBER,
+    },
     "make-room": {},
     "file": {"name": TEXT, "offset": (int,), "size": (int,)},
     "finish": {
@@ -59,6 +65,7 @@ FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     "history": {"name": TEXT},
     "rollback": {"name": TEXT, "digest": TEXT_OR_NONE, "who": TEXT, "wait_s": NUMBER},
     "confirm": {"name": TEXT, "who": TEXT, "wait_s": NUMBER},
+    "trust": {"verb": TEXT, "text": TEXT_OR_NONE, "format": TEXT_OR_NONE, "force": (bool,)},
     "collect": {"name": TEXT_OR_NONE, "keep": (int,), "who": TEXT, "wait_s": NUMBER},
 }  # fmt: skip
 #: Parts of a push.
@@ -83,12 +90,14 @@ class Receiver:
             "rollback": self.rollback,
             "confirm": self.confirm,
             "collect": self.collect,
+            "trust": self.trust,
         }
         self.fields = dict(FIELDS)
         self.store = Store(default_root())
         self.python = sys.executable
         self.who = ""
         self.incoming: Optional[Incoming] = None
+        self.signed: Optional[Signed] = None
         self.present = False  # whether the bundle is among the releases already, by hash
         self.passing = False  # whether the bundle is here to be measured only
         self.locked = contextlib.ExitStack()
@@ -109,9 +118,7 @@ class Receiver:
             self.tell({"error": admission.describe(error)})
         except OSError as error:
             self.tell({"error": admission.describe(_device_error(error, self.store.root))})
-        except (
-            Exception
-        ) as error:  # what no request of a host leads to, such as a path with a NUL or a number of megabytes
+        except Exception as error:  # what no request of a host leads to: a path with a NUL, a number of megabytes
             self.tell({"error": admission.describe(DeviceError(f"the device cannot do that: {error!r}"))})
 
     def read(self) -> Optional[Mapping[str, Any]]:
@@ -166,7 +173,8 @@ class Receiver:
         self.who = request["who"]
         self.python = serving_python(self.store, request.get("python"))
         self.locked.enter_context(self.changing(request, f"a push of {manifest.name}"))
-        self.incoming = Incoming(self.store, manifest, digest)
+        self.incoming = Incoming(self.store, manifest, digest, _signature(request["signature"]))
+        self.signed = self._require_signed(request["allow_older"])
         self.present = self.store.has(manifest.name, digest)
         return {
             "facts": facts(self.store.root, self.python),
@@ -176,6 +184,17 @@ class Receiver:
             "reclaimable_bytes": self.store.reclaimable_bytes(digest),
             "releases": known_digests(self.store, manifest.name),
         }
+
+    def _require_signed(self, allow_older: bool) -> Optional[Signed]:
+        """Who signed the bundle, where this device demands it. Raises BundleError before a file is sent."""
+        manifest, digest, signature = self.coming.manifest, self.coming.digest, self.coming.signature
+        if signature is not None:
+            trust.require_about(trust.parse_signature(signature)[0], manifest.name, digest)
+        signed = trust.check(self.store.root, manifest.name, digest, manifest.artifact.format, signature)
+        if signed:
+            kept = known_digests(self.store, manifest.name)
+            trust.check_serial(self.store.root, manifest.name, digest, signed, kept, allow_older)
+        return signed
 
     def make_room(self, request: Mapping[str, Any]) -> None:
         self.store.collect(all_staging=True, spare=self.coming.digest)
@@ -189,6 +208,8 @@ class Receiver:
         report = self._self_test(float(request["timeout_s"]))
         release = self.store.release(name, digest)
         tuned = self._tune(release) if request["tune"] else None
+        if self.signed:
+            trust.keep_serial(self.store.root, name, digest, self.signed)
         self.store.activate(name, digest, request["keep"], request["confirm_within_s"], self.who)
         freed = self.store.collect()
         if request["health"] is not None:
@@ -215,7 +236,9 @@ class Receiver:
             raise SelfTestFailed(f"{error}; {self._still()}") from None
 
     def _admit(self) -> None:
-        if not self.present:
+        if self.present:
+            self.coming.replace_signature()
+        else:
             self.coming.admit()
             self.present = True
 
@@ -260,11 +283,21 @@ class Receiver:
         with self.changing(request, f"a confirmation of {request['name']}"):
             return {"digest": self.store.confirm(request["name"], who=request["who"])}
 
+    def trust(self, request: Mapping[str, Any]) -> Dict[str, Any]:
+        if request["verb"] == "show":
+            return trust_request(self.store, request)
+        with self.store.lock(who="a change of who may sign"):
+            return trust_request(self.store, request)
+
     def collect(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         with self.changing(request, "a collection"):
             for name in self.store.names() if request["name"] is None else [request["name"]]:
                 self.store.keep_only(name, request["keep"])
             return {"freed": self.store.collect(all_staging=True)}
+
+
+def _signature(text: Optional[str]) -> Optional[bytes]:
+    return None if text is None else text.encode("utf-8", "surrogatepass")
 
 
 def _is_valid(name: str, value: Any, kinds: Tuple[type, ...]) -> bool:

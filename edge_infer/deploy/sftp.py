@@ -23,9 +23,10 @@ from edge_infer.deploy.device import RESERVE_BYTES
 from edge_infer.deploy.plan import Step
 from edge_infer.deploy.ssh import SshTransport
 from edge_infer.errors import BundleError, DeviceError
-from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME
+from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, SIGNATURE_NAME
 from edge_infer.pointer import Pointer, parse_pointer
 from edge_infer.store import KEEP
+from edge_infer.trust import read_signature
 
 # After ssh, which says how to install it when it is missing.
 import paramiko  # isort: skip
@@ -96,6 +97,10 @@ class _Push:
     def __init__(self, bundle: Bundle, device: _Device, store: str) -> None:
         self._bundle = bundle
         self._device = device
+        signature = read_signature(bundle.path)
+        #: What lies in a release beside the manifest's files; the manifest is written last.
+        self._beside = {} if signature is None else {SIGNATURE_NAME: signature}
+        self._beside[MANIFEST_NAME] = bundle.manifest.to_bytes()
         self._root = store.rstrip("/") or "/"
         self._name = bundle.manifest.name
         self._staging = f"{self._root}/staging/{bundle.digest}"
@@ -138,10 +143,11 @@ class _Push:
     def _is_present(self, read_back: bool) -> bool:
         """Whether the release is there already: manifest, names and sizes, and with ``read_back`` every hash."""
         manifest, device = self._bundle.manifest, self._device
-        if device.read(f"{self._release}/{MANIFEST_NAME}", MANIFEST_MAX_BYTES) != manifest.to_bytes():
-            return False
+        for name, data in self._beside.items():
+            if device.read(f"{self._release}/{name}", MANIFEST_MAX_BYTES) != data:
+                return False
         sizes = {name: entry.size for name, entry in manifest.files.items()}
-        if device.sizes(self._release) != {**sizes, MANIFEST_NAME: len(manifest.to_bytes())}:
+        if device.sizes(self._release) != {**sizes, **{name: len(data) for name, data in self._beside.items()}}:
             return False
         return not read_back or all(
             device.hash(f"{self._release}/{name}", entry.size) == entry.sha256 for name, entry in manifest.files.items()
@@ -198,11 +204,12 @@ class _Push:
 
     def _admit(self) -> None:
         """The manifest comes last, then the whole folder moves among the releases."""
-        self._device.write_bytes(f"{self._staging}/{MANIFEST_NAME}", self._bundle.manifest.to_bytes())
+        for name, data in self._beside.items():
+            self._device.write_bytes(f"{self._staging}/{name}", data)
         manifest = self._bundle.manifest
         expected = {name: entry.size for name, entry in manifest.files.items()}
         found = self._device.sizes(self._staging)
-        for name in sorted(found.keys() - expected.keys() - {MANIFEST_NAME}):
+        for name in sorted(found.keys() - expected.keys() - self._beside.keys()):
             self._device.remove_tree(f"{self._staging}/{name}")
         for name, size in expected.items():
             if found.get(name) != size:

@@ -119,8 +119,13 @@ def public_key(path: Path) -> str:
 
 
 def change_signers(
-    transport: Transport, verb: str = "show", text: str | None = None, format: str | None = None, force: bool = False
+    transport: Transport,
+    verb: str = "show",
+    text: str | None = None,
+    format: str | None = None,
+    force: bool = False,
+    store: str | None = None,
 ) -> Mapping[str, Any]:
     """Show or change who may sign on a device: see ``edge_infer.deploy.signers.trust_request``. Raises DeviceError."""
-    with Conversation(transport) as device:
+    with Conversation(transport, store) as device:
         return device.ask("trust", verb=verb, text=text, format=format, force=force)
