@@ -3,7 +3,7 @@
 It speaks lines of JSON on standard input and output. A ``file`` request is followed by that many raw bytes; every
 other request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "message": ...}}``, after which it ends.
 
-    begin     manifest, signature, allow_older, python, who, wait_s -> facts, what is here of each file, releases in use and before
+    begin     manifest, signature, allow_older, python, who, wait_s -> facts, what is here of each file, releases
     make-room -> bytes freed of what other pushes left behind
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
     finish    timeout_s, tune, keep, confirm_within_s, health -> verify, self-test in a child, tune, activate, collect
