@@ -17,6 +17,7 @@ from handmade import rebuild
 from edge_infer import __version__
 from edge_infer.bundle import Bundle
 from edge_infer.deploy.conversation import MODULES
+from edge_infer.deploy.provision import MORE
 from edge_infer.runtime.arrays import read_npz, write_npz
 
 ROOT = Path(__file__).parents[1]
@@ -41,16 +42,19 @@ SENT = [
     "deploy/trial",
     "deploy/receiver",
 ]
+#: What provision and doctor send beyond that.
+SENT_MORE = ["deploy/venvs", "deploy/checkup", "deploy/installer"]
+ALL_SENT, ALL_MODULES = SENT + SENT_MORE, MODULES + MORE
 
 
 # -- sent along: Python 3.8, standard library --------------------------------------------------------------------
 
 
 def test_the_modules_sent_along_are_the_ones_held_to_python_3_8() -> None:
-    assert [f"edge_infer.{name.replace('/', '.')}" for name in SENT] == list(MODULES)
+    assert [f"edge_infer.{name.replace('/', '.')}" for name in ALL_SENT] == list(ALL_MODULES)
 
 
-@pytest.mark.parametrize("name", SENT)
+@pytest.mark.parametrize("name", ALL_SENT)
 def test_a_module_sent_along_is_python_3_8(name: str) -> None:
     ast.parse((ROOT / "edge_infer" / f"{name}.py").read_text(), feature_version=(3, 8))
 
@@ -73,15 +77,15 @@ def imported(tree: ast.Module) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("number", range(len(SENT)))
+@pytest.mark.parametrize("number", range(len(ALL_SENT)))
 def test_a_module_sent_along_imports_the_standard_library_and_those_before_it(number: int) -> None:
-    names = imported(ast.parse((ROOT / "edge_infer" / f"{SENT[number]}.py").read_text()))
+    names = imported(ast.parse((ROOT / "edge_infer" / f"{ALL_SENT[number]}.py").read_text()))
     own = {name for name in names if name.split(".")[0] == "edge_infer"}
-    assert own <= set(MODULES[:number])
+    assert own <= set(ALL_MODULES[:number])
     assert {name.split(".")[0] for name in names - own} <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", SENT)
+@pytest.mark.parametrize("name", ALL_SENT)
 def test_annotations_of_a_module_sent_along_are_not_evaluated(name: str) -> None:
     """``list[int]`` in an annotation would fail on Python 3.8 were it evaluated; elsewhere it must not stand."""
     tree = ast.parse((ROOT / "edge_infer" / f"{name}.py").read_text())
@@ -124,7 +128,7 @@ def test_importing_the_package_needs_nothing(bare: Callable[..., Any]) -> None:
     assert bare(f"import edge_infer; edge_infer.EdgeInferError, edge_infer.__version__\n{FOREIGN}") == []
 
 
-@pytest.mark.parametrize("module", [*MODULES, "edge_infer.runtime.cli"])
+@pytest.mark.parametrize("module", [*ALL_MODULES, "edge_infer.runtime.cli"])
 def test_each_module_sent_along_and_the_command_line_import_nothing_foreign(
     bare: Callable[..., Any], module: str
 ) -> None:

@@ -194,8 +194,8 @@ def choose(platform: Platform, engines: Sequence[str], progress: Progress = lamb
         progress(f"{name} {version} needs a graphics card's packages there; looking for an older one")
         bounds = [item for item in bounds if item.name != name] + [Requirement(f"{name}<{version}")]
     raise EngineMissing(
-        f"every wheel of {bounds[0].name} for {platform} needs a graphics card's packages; set pip up with an index "
-        "that has one for the processor alone"
+        f"every wheel of {bounds[0].name} for {platform} needs a graphics card's packages; set pip up with an "
+        "index that has one for the processor alone"
     )
 
 
