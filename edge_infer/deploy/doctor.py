@@ -20,7 +20,7 @@ from edge_infer.deploy.provision import FOR_FORMAT, MORE
 from edge_infer.deploy.transport import Transport
 from edge_infer.errors import DeviceError
 from edge_infer.report.units import size
-from edge_infer.runtime.engines import EXTRAS, at_least
+from edge_infer.runtime.engines import at_least
 from edge_infer.store import default_root
 
 #: A clock further off makes certificates and dated signatures fail, and histories hard to read.
@@ -161,7 +161,7 @@ def _engines(address: str, facts: Mapping[str, Any]) -> Iterator[Line]:
     if "edge-infer" not in packages:
         yield wrong("engines", f"{serving['serving_python']} has no edge-infer", mend)
         return
-    found = [f"{name} {version}" for name, version in sorted(packages.items()) if name in EXTRAS]
+    found = [f"{name} {version}" for name, version in sorted(packages.items()) if name != "edge-infer"]
     if found:
         yield ok("engines", f"{', '.join(found)}; edge-infer {packages['edge-infer']}")
     else:
