@@ -198,8 +198,10 @@ def test_environments_are_switched_kept_and_rolled_back_like_models(device):
     assert device.venvs.previous() == second.environment
 
 
-def test_nothing_to_go_back_to(device):
+def test_nothing_to_go_back_to(device, capsys):
     device.provision()
+    assert main(["provision", f"local:{device.store}", "--rollback", "--engine", "onnx"]) == 2
+    assert "--rollback makes no environment" in capsys.readouterr().err
     with contextlib.closing(device.transport()) as transport, pytest.raises(DeviceError, match="holds no environment"):
         switch_back(transport)
 
@@ -392,6 +394,9 @@ def test_the_device_downloads_by_itself_what_the_host_locked(device, monkeypatch
         with pytest.raises(DeviceError, match="has another file than the lock names"):
             other.provision(offline=False)
         assert other.venvs.names() == []
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(DeviceError, match="the device reaches no package index, so use --offline"):
+        other.provision(offline=False)
 
 
 @contextlib.contextmanager
@@ -474,6 +479,7 @@ FACTS = {
         ([], ["onnx", "torchscript"], ["onnx", "torch"]),
         (["tflite-runtime"], ["tflite", "onnx"], ["tflite-runtime", "onnx"]),
         (["onnx"], [], ["onnx"]),
+        (["of-a-later-version"], ["onnx"], ["onnx"]),
     ],
 )
 def test_engines_where_none_is_named(engines, formats, chosen):

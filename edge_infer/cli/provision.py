@@ -10,6 +10,7 @@ from typing import Any
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.cli import console
 from edge_infer.cli.devices import add_ssh_options, open_device
+from edge_infer.errors import UsageError
 
 
 def add_command(commands: Any) -> None:
@@ -37,6 +38,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--rollback", action="store_true", help="let the environment before serve again")
     parser.add_argument("--dry-run", action="store_true", help="print the steps and take none")
     parser.add_argument("--self-test-timeout", type=float, default=TIMEOUT_S, metavar="SECONDS")
+    parser.add_argument("--install-timeout", type=float, default=1800.0, metavar="SECONDS", help="for pip there")
     parser.add_argument(
         "--wait", type=float, default=0.0, metavar="SECONDS", help="for a push there to end (default: 0)"
     )
@@ -50,6 +52,8 @@ def add_command(commands: Any) -> None:
 def call(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.provision import ProvisionOptions, provision, switch_back
 
+    if args.rollback and (args.engines or args.offline or args.upgrade or args.python or args.replace or args.dry_run):
+        raise UsageError("--rollback makes no environment; leave out what says which one to make, or --rollback")
     with open_device(args) as device:
         if args.rollback:
             told = switch_back(device, args.store, args.self_test_timeout, args.wait)
@@ -64,6 +68,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
             replace=args.replace,
             wait_s=args.wait,
             timeout_s=args.self_test_timeout,
+            install_s=args.install_timeout,
         )
         with console.progress_line() as progress:
             done = provision(device, options, dry_run=args.dry_run, progress=progress)

@@ -364,7 +364,9 @@ def run(
     try:
         words = process.communicate(timeout=timeout_s)[0].decode("utf-8", "replace")
     except subprocess.TimeoutExpired:
-        raise DeviceError(f"the installation took longer than {timeout_s:g} s; give it more with --timeout") from None
+        raise DeviceError(
+            f"the installation took longer than {timeout_s:g} s; give it more with --install-timeout"
+        ) from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -162,7 +162,7 @@ def check_device(address: str, facts: Mapping[str, Any], options: ProvisionOptio
 
 def default_engines(facts: Mapping[str, Any]) -> list[str]:
     """Those of the environment in use, and what the models there need that have none."""
-    have = list(facts["engines"])
+    have = [engine for engine in facts["engines"] if engine in RUNS]
     runs = {RUNS[engine] for engine in have}
     have += [FOR_FORMAT[format] for format in facts["formats"] if FOR_FORMAT[format] not in runs]
     return have or [DEFAULT_ENGINE]
@@ -170,7 +170,9 @@ def default_engines(facts: Mapping[str, Any]) -> list[str]:
 
 def check_models(address: str, facts: Mapping[str, Any], engines: Sequence[str]) -> None:
     """Raise DeviceError where models that run now would lose their engine, before anything is chosen or sent."""
-    lost = {RUNS[engine] for engine in facts["engines"]} & set(facts["formats"]) - {RUNS[name] for name in engines}
+    lost = {RUNS[engine] for engine in facts["engines"] if engine in RUNS} & set(facts["formats"]) - {
+        RUNS[name] for name in engines
+    }
     if lost:
         wanted = " ".join(f"--engine {FOR_FORMAT[format]}" for format in sorted(lost))
         raise DeviceError(f"{address}: models in use there need {', '.join(sorted(lost))}; add {wanted}")

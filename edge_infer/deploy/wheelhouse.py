@@ -161,7 +161,7 @@ def prepare(
 def find_lock(platform: Platform, engines: Sequence[str], folder: Path) -> Lock | None:
     """The lock in ``folder`` that fits, made for this very platform or for another that it also takes wheels of."""
     paths = sorted(folder.glob("*.txt"), key=lambda path: (platform.key in path.name, path.name), reverse=True)
-    locks = (Lock.from_text(path.read_text("utf-8")) for path in paths)
+    locks = (Lock.from_text(path.read_text("utf-8", "replace")) for path in paths)
     return next((lock for lock in locks if lock.fits(platform, engines)), None)
 
 
