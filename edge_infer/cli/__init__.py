@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from edge_infer.cli import cache, converters, devices, doctor, package, provision, targets, trust
+    from edge_infer.cli import cache, converters, devices, doctor, oci, package, provision, targets, trust
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -47,4 +47,5 @@ def _parser() -> argparse.ArgumentParser:
     provision.add_command(commands)
     doctor.add_command(commands)
     trust.add_commands(commands)
+    oci.add_commands(commands)
     return parser
