@@ -72,6 +72,10 @@ class DeviceError(EdgeInferError, OSError):
     exit_status = EXIT_DEVICE
 
 
+class Unreachable(DeviceError):
+    """No connection to the device could be made, or it was lost: it says nothing of the model, and may pass."""
+
+
 class EngineMissing(EdgeInferError, ImportError):
     """The engine a bundle needs is not installed; the message holds the pip command."""
 

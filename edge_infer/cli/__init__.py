@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from edge_infer.cli import cache, converters, devices, doctor, oci, package, provision, targets, trust
+    from edge_infer.cli import cache, converters, devices, doctor, fleet, oci, package, provision, targets, trust
 
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -47,5 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     provision.add_command(commands)
     doctor.add_command(commands)
     trust.add_commands(commands)
+    fleet.add_command(commands)
     oci.add_commands(commands)
     return parser

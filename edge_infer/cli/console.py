@@ -36,12 +36,18 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         yield lambda step: print(f"  {step}", file=sys.stderr, flush=True)
         return
     _, console_class = _rich()
-    with console_class(stderr=True).status("starting") as status:
-        _spinners.append(status)
-        try:
-            yield status.update
-        finally:
-            _spinners.remove(status)
+    with console_class(stderr=True).status("starting") as status, giving_way(status):
+        yield status.update
+
+
+@contextmanager
+def giving_way(spinner: Any) -> Iterator[None]:
+    """Let ``ask_secret`` stop and start a display of rich's that is running."""
+    _spinners.append(spinner)
+    try:
+        yield
+    finally:
+        _spinners.remove(spinner)
 
 
 def ask_secret(question: str) -> str | None:

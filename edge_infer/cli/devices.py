@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
-from edge_infer.cli import console
+from edge_infer.cli import console, fleet
 from edge_infer.cli.passphrases import Passphrases
 from edge_infer.errors import EXIT_DEVICE, EdgeInferError, UsageError
 from edge_infer.runtime.cli import positive
@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
 def _add_push(commands: Any) -> Any:
     push = commands.add_parser("push", help="send a bundle to devices; it serves there once it passed its self-test")
     push.add_argument("bundle", type=Path, metavar="BUNDLE")
-    push.add_argument("devices", nargs="+", metavar="DEVICE")
+    push.add_argument("devices", nargs="*", metavar="DEVICE", help="or with --inventory: more bundles")
     push.add_argument("--dry-run", action="store_true", help="print the steps and take none")
     push.add_argument("--tune", action="store_true", help="measure there how the model runs fastest, and keep that")
     push.add_argument("--self-test-timeout", type=float, default=TIMEOUT_S, metavar="SECONDS")
@@ -56,6 +56,7 @@ def _add_push(commands: Any) -> Any:
         help="the plain way, where nothing can be run: no self-test, no check of the device",
     )
     push.add_argument("--no-read-back", action="store_true", help="with --sftp: do not read again what was sent")
+    fleet.add_push_options(push)
     push.set_defaults(call=call_push, show=show_push)
     return push
 
@@ -184,6 +185,8 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.bundle import open_bundle
 
     _check_sftp_options(args)
+    if fleet.is_meant(args):
+        return fleet.call_push(args)
     bundle, options = open_bundle(args.bundle), push_options(args)
     rows = [_push_one(args, bundle, options, address) for address in args.devices]
     failed = any(row.get("error") for row in rows)
@@ -249,6 +252,9 @@ def _push_one(args: argparse.Namespace, bundle: Any, options: Any, address: str)
 
 
 def show_push(answer: dict[str, Any]) -> None:
+    if "counts" in answer:
+        fleet.show_push(answer)
+        return
     for row in answer["devices"]:
         if row.get("error"):
             place = "" if row["error"].startswith(f"{row['address']}:") else f"{row['address']}: "

@@ -27,7 +27,7 @@ from edge_infer.deploy.ssh_login import AskPassphrase, log_in
 from edge_infer.deploy.ssh_route import TIMEOUT_S, Hop, Options, find_route, parse_address
 from edge_infer.deploy.ssh_silence import SILENCE_S, Packetizer, Watch, keep_alive
 from edge_infer.deploy.transport import SLICE_BYTES
-from edge_infer.errors import DeviceError
+from edge_infer.errors import DeviceError, Unreachable
 
 # After ssh_route, which says how to install it when it is missing.
 import paramiko  # isort: skip
@@ -58,6 +58,8 @@ MACS = (
     "hmac-sha2-256",
     "hmac-sha2-512",
 )
+#: SSH_OPEN_ADMINISTRATIVELY_PROHIBITED (RFC 4254, 5.1).
+OPEN_PROHIBITED = 1
 #: Signatures that paramiko before 5.0 would still make or accept: DSA, and RSA with SHA-1.
 WEAK_SIGNATURES = ("ssh-rsa", "ssh-dss", "ssh-rsa-cert-v01@openssh.com", "ssh-dss-cert-v01@openssh.com")
 #: A key type in known_hosts stands for these signature algorithms; other types are named like their algorithm.
@@ -154,13 +156,21 @@ def _end(connection: paramiko.Transport) -> None:
 
 @contextlib.contextmanager
 def _reported(hop: Hop) -> Iterator[None]:
-    """Turns what paramiko and the sockets raise into a DeviceError."""
+    """Turns what paramiko and the sockets raise into a DeviceError: Unreachable, unless the server's answer was no."""
     try:
         yield
     except DeviceError:
         raise
     except (OSError, EOFError, UnicodeError, paramiko.SSHException) as error:
-        raise DeviceError(_sentence(hop, error)) from error
+        kind = DeviceError if _is_refusal(error) else Unreachable
+        raise kind(_sentence(hop, error)) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether trying again later cannot help: algorithms that do not match, forwarding that is forbidden."""
+    if isinstance(error, paramiko.ChannelException):
+        return bool(error.code == OPEN_PROHIBITED)
+    return isinstance(error, paramiko.ssh_exception.IncompatiblePeer)
 
 
 def _sentence(hop: Hop, error: Exception) -> str:
@@ -188,10 +198,10 @@ class SshTransport:
 
     ``ssh_config`` defaults to ``~/.ssh/config``; ``known_hosts`` to its UserKnownHostsFile or ``~/.ssh/known_hosts``,
     with ``/etc/ssh/ssh_known_hosts``; ``identity`` to its IdentityFile, the usual files and the agent; ``timeout_s``,
-    for each step of connecting, to its ConnectTimeout or 15. ``accept_new``: the key of a host that is not known is
-    added to known_hosts, and ``note`` is told so in a sentence. ``ask_passphrase`` is asked for that of a locked key
-    (see ssh_login) when no other key logs in; without it, such a key is not used. Raises UsageError for a malformed
-    address.
+    for each step of connecting, to its ConnectTimeout or 15; ``jump``, written like a ProxyJump, to its ProxyJump.
+    ``accept_new``: the key of a host that is not known is added to known_hosts, and ``note`` is told so in a sentence.
+    ``ask_passphrase`` is asked for that of a locked key (see ssh_login) when no other key logs in; without it, such a
+    key is not used. Raises UsageError for a malformed address.
     """
 
     def __init__(
@@ -205,10 +215,11 @@ class SshTransport:
         accept_new: bool = False,
         ask_passphrase: AskPassphrase | None = None,
         note: Callable[[str], None] | None = None,
+        jump: str | None = None,
     ) -> None:
         self.address = address
         self._target = parse_address(address)
-        self._options = Options(ssh_config, known_hosts, identity, timeout_s, accept_new)
+        self._options = Options(ssh_config, known_hosts, identity, timeout_s, accept_new, jump)
         self._user = User(note, ask_passphrase)
         self._watch: Watch | None = None
         self._route: list[Hop] = []
@@ -286,7 +297,7 @@ class SshProcess:
             # Only a command's end is announced by the end of its output.
             if self._channel.eof_received:
                 raise DeviceError(ended_early(self._where, self.errors())) from error
-            raise DeviceError(_lost(self._where)) from error
+            raise Unreachable(_lost(self._where)) from error
 
     def readline(self) -> bytes:
         """One line of its standard output, or ``b""`` at the end.
@@ -365,9 +376,9 @@ class _Output(io.RawIOBase):
         try:
             data = self._channel.recv(len(buffer))
         except (EOFError, paramiko.SSHException) as error:
-            raise DeviceError(_lost(self._where)) from error
+            raise Unreachable(_lost(self._where)) from error
         if not data and not self._channel.eof_received:
-            raise DeviceError(_lost(self._where))
+            raise Unreachable(_lost(self._where))
         buffer[: len(data)] = data
         return len(data)
 

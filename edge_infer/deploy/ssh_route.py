@@ -87,13 +87,14 @@ class Hop:
 
 @dataclass(frozen=True)
 class Options:
-    """The caller's choices; what is None is up to ssh_config."""
+    """The caller's choices; what is None is up to ssh_config. ``jump`` is the ProxyJump of the device alone."""
 
     ssh_config: Path | None = None
     known_hosts: Path | None = None
     identity: Path | None = None
     timeout_s: float | None = None
     accept_new: bool = False
+    jump: str | None = None
 
 
 def find_route(address: Address, options: Options) -> list[Hop]:
@@ -114,7 +115,7 @@ def _route(address: Address, config: paramiko.SSHConfig, options: Options, seen:
     if address.host in seen or len(seen) >= MAX_HOPS:
         raise DeviceError(f"ProxyJump in the ssh_config leads in a circle: {' -> '.join((*seen, address.host))}")
     found = look_up(config, address.host)
-    jumps = found.get("proxyjump") or "none"
+    jumps = (None if seen else options.jump) or found.get("proxyjump") or "none"
     if (found.get("proxycommand") or "none") != "none" and jumps == "none":
         raise DeviceError(f"the ssh_config has a ProxyCommand for {address.host}, which is not followed; use ProxyJump")
     before: list[Hop] = []
