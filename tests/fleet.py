@@ -26,7 +26,7 @@ class Fleet(SshServer):
 
     def digest(self, name: str, model: str = "digits") -> str | None:
         """The release that the device serves."""
-        return next(iter(self.store(name).history(model)), None)
+        return next(iter(self.store(name).digests(model)), None)
 
     def start(self) -> None:
         super().start()

@@ -280,7 +280,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["device"],
         f"batch {row['group']}" if row["group"] else "canary",
-        row["state"] + (" earlier" if row["kept"] else ""),
+        row["state"] + (" earlier" if row["kept"] else "") + (", on trial" if pushed and pushed["pending_s"] else ""),
         row["digest"][:12],
         _before(row) if pushed else "",
         console.size(pushed["sent_bytes"]) if pushed else "",
