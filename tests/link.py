@@ -331,6 +331,7 @@ class LinkProcess:
         command = [sys.executable, str(Path(__file__)), str(port), repr(delay_s), repr(bytes_per_s or 0.0)]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._child.stdin is not None and self._child.stdout is not None
+        self.pid = self._child.pid
         self._asked, self._told = self._child.stdin, self._child.stdout
         self.port = int(self._told.readline())
 

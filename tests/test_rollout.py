@@ -176,6 +176,14 @@ def test_never_more_at_once_than_asked_for(bundle):
     assert devices.most == 7
 
 
+def test_it_begins_with_few_at_once(bundle):
+    devices = Devices(bundle, 8)
+    devices.pause_s = 0.2
+    devices.roll_out(parallel=100, canary=amount("0"))
+    # Four, and when these are through the other four.
+    assert devices.most == 4
+
+
 def test_a_canary_that_fails_ends_it(bundle):
     devices = Devices(bundle, 20, {"pi-1": SelfTestFailed("wrong")})
     report = devices.roll_out(canary=amount("3"))

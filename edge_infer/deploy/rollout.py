@@ -34,6 +34,9 @@ from edge_infer.errors import EdgeInferError, Unreachable, UsageError
 #: of 4 MB to a small board takes some 10 s, most of it connecting and the self-test; at 100 Mbit/s the link sends for
 #: 0.3 s of them, so that about 30 pushes keep it busy. Each costs the host two threads and about 1 MB.
 PARALLEL = 32
+#: How many there are at first; one more for each device that is through. Pushes that start together share the link, end
+#: together, and leave it idle during their self-tests; and a fault of the release shows while few devices have it.
+AT_FIRST = 4
 #: The number of the first group.
 CANARY = 0
 #: Seconds that connections have to end when the rollout is stopped.
@@ -163,6 +166,7 @@ class Rollout:
         self._fan_out = FanOut()
         self._ways: dict[str, Transport] = {}
         self._started: dict[str, float] = {}
+        self._through = 0
         self._broken: BaseException | None = None
 
     def stop(self, reason: str) -> None:
@@ -194,7 +198,7 @@ class Rollout:
         waiting = deque(row for row in group if row.state == WAITING)
         failed, allowed = 0, Amount(0, False) if number == CANARY else self._policy.abort_after
         while (waiting and not self._report.reason) or self._fan_out.running:
-            while waiting and not self._report.reason and len(self._fan_out.running) < self._policy.parallel:
+            while waiting and not self._report.reason and len(self._fan_out.running) < self._limit():
                 self._start(waiting.popleft())
             event = self._fan_out.next()
             if not event.key:
@@ -212,6 +216,9 @@ class Rollout:
                 )
         if number == CANARY:
             self._judge_canary(group)
+
+    def _limit(self) -> int:
+        return min(self._policy.parallel, AT_FIRST + self._through)
 
     def _judge_canary(self, group: list[Row]) -> None:
         for row in group:
@@ -235,6 +242,7 @@ class Rollout:
     def _record(self, row: Row, event: Event) -> None:
         row.seconds = round(time.monotonic() - self._started.pop(row.device), 3)
         del self._ways[row.device]
+        self._through += 1
         if event.error is None:
             row.state, row.error = DONE, None
             row.pushed = dataclasses.asdict(event.value)
