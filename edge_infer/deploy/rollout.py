@@ -180,12 +180,13 @@ class Rollout:
         """Push to every device whose row waits, until all are through or the policy says no. The report says how
         it went; it is written after every device."""
         rows = list(self._report.rows.values())
+        groups = [[rows[place] for place in places] for places in self._policy.groups(len(rows))]
+        for number, group in enumerate(groups):
+            for row in group:
+                row.group = number
         self._report.write()
         try:
-            for number, places in enumerate(self._policy.groups(len(rows))):
-                group = [rows[place] for place in places]
-                for row in group:
-                    row.group = number
+            for number, group in enumerate(groups):
                 self._run_group(number, group)
                 if self._report.reason:
                     break
@@ -231,6 +232,7 @@ class Rollout:
         job = self._jobs[row.device]
         way = self._ways[row.device] = self._open_way(job.device)
         row.state = RUNNING
+        self._report.note(row)
         self._started[row.device] = time.monotonic()
 
         def work(progress: Callable[[str], None]) -> Pushed:
@@ -254,6 +256,7 @@ class Rollout:
                 row.error = repr(event.error)
                 self._broken = self._broken or event.error
                 self._report.abort(f"an unexpected error: {row.error}")
+        self._report.note(row)
         self._report.write()
         self._watch.ended(row)
 

@@ -42,7 +42,11 @@ class Row:
 
 
 class Report:
-    """The rows of a rollout in their order, and why it ended before it was through. ``path`` None keeps no file."""
+    """The rows of a rollout in their order, and why it ended before it was through. ``path`` None keeps no file.
+
+    The file has a line for each row. It is kept as text, and only what ``note`` is told of is made anew: a report
+    that is written after every device must not cost more the more devices there are.
+    """
 
     def __init__(self, path: Path | None, rows: Iterable[Row], about: Mapping[str, Any]) -> None:
         self.path = path
@@ -51,6 +55,11 @@ class Report:
         self.reason: str | None = None
         self._started = _now()
         self._ended: str | None = None
+        self._lines: dict[str, str] = {}
+
+    def note(self, row: Row) -> None:
+        """``row`` has changed."""
+        self._lines[row.device] = json.dumps(asdict(row))
 
     def abort(self, reason: str) -> None:
         """Note why no further device is started; the first reason counts."""
@@ -64,15 +73,25 @@ class Report:
     def finish(self) -> None:
         """Write that it is over."""
         self._ended = _now()
+        self._lines.clear()
         self.write(durable=True)
 
     def write(self, durable: bool = False) -> None:
         """Put the present state in place of the one before, aside and renamed. Raises OSError."""
-        if self.path is not None:
-            replace_file(self.path, json.dumps(self.as_dict(), indent=1).encode() + b"\n", durable)
+        if self.path is None:
+            return
+        for row in self.rows.values():
+            if row.device not in self._lines:
+                self.note(row)
+        rows = ",\n  ".join(self._lines[name] for name in self.rows)
+        head = json.dumps(self._head(), indent=1).removesuffix("\n}")
+        replace_file(self.path, f'{head},\n "devices": [\n  {rows}\n ]\n}}\n'.encode(), durable)
 
     def as_dict(self) -> dict[str, Any]:
         """The file's content."""
+        return {**self._head(), "devices": [asdict(row) for row in self.rows.values()]}
+
+    def _head(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             **self.about,
@@ -80,7 +99,6 @@ class Report:
             "ended": self._ended,
             "reason": self.reason,
             "counts": self.counts(),
-            "devices": [asdict(row) for row in self.rows.values()],
         }
 
 
