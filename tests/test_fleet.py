@@ -272,6 +272,25 @@ def test_a_signal_ends_it_and_leaves_every_device_whole(fleet, onnx, onnx_int8, 
     assert [row["kept"] for row in report["devices"]] == [True, True, False, False, False, False]
 
 
+def test_a_host_that_dies_leaves_a_report_to_resume_from(fleet, onnx, inventory, push, tmp_path):
+    started = tmp_path / "started"
+    path = inventory({"pi-2": {"python": str(python_that(tmp_path, f"echo $$ >>{started}; exec sleep 60"))}})
+    command = [PYTHON, "-m", "edge_infer.cli", "push", str(onnx.path), "--inventory", str(path), "--select", "pi-[123]"]
+    options = ["--ssh-config", str(fleet.ssh_config), "--report", str(tmp_path / "report.json"), "--parallel", "1"]
+    child = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (started.exists() and started.read_text()):
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    assert states(report)["pi-1"] == "done" and report["ended"] is None
+    os.kill(int(started.read_text()), signal.SIGKILL)
+    options = ("--resume", str(tmp_path / "report.json"), "--wait", "20")
+    status, report = push(onnx, inventory(), "--select", "pi-[123]", *options)
+    assert status == 0 and [row["kept"] for row in report["devices"]] == [True, False, False]
+
+
 def test_no_more_pushes_at_once_than_parallel_says(fleet, onnx, inventory, push, tmp_path):
     log = tmp_path / "log"
     timed = python_that(tmp_path, f'echo + >>{log}; {PYTHON} "$@"; status=$?; sleep 0.3; echo - >>{log}; exit $status')
@@ -342,13 +361,24 @@ def test_a_release_on_trial_is_confirmed_on_the_whole_group(fleet, onnx, invento
         (["BUNDLE", "--inventory", "/no/file", "--group", "all"], "cannot be read as an inventory"),
         (["BUNDLE", "nothing.edge", "--inventory", "FLEET", "--group", "all"], "there is no bundle"),
         (["BUNDLE", "local:/x", "--canary", "1"], "--canary is for the devices of an inventory"),
-        (["BUNDLE"], "no device is named"),
     ],
 )  # fmt: skip
 def test_a_request_that_is_wrong_has_status_2_and_sends_nothing(onnx, inventory, capsys, arguments, words):
     names = {"BUNDLE": str(onnx.path), "FLEET": str(inventory())}
     assert main(["push", *(names.get(word, word) for word in arguments)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_devices_and_bundles_may_stand_after_options(fleet, onnx, inventory, push, tmp_path, capsys):
+    store = f"local:{tmp_path / 'store'}"
+    assert main(["push", str(onnx.path), "--python", PYTHON, store]) == 0
+    ssh = ["--ssh-config", str(fleet.ssh_config), "--report", str(tmp_path / "report.json")]
+    path = str(inventory())
+    assert main(["push", str(onnx.path), "--inventory", path, "--select", "pi-1", *ssh, str(onnx.path)]) == 0
+    assert main(["push", "--inventory", path, "--select", "pi-1", *ssh, str(onnx.path)]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["push", str(onnx.path)])
+    assert "required: DEVICE" in capsys.readouterr().err
 
 
 def test_an_identity_that_is_not_there_is_named_with_file_and_device(onnx, inventory, capsys):

@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
 def _add_push(commands: Any) -> Any:
     push = commands.add_parser("push", help="send a bundle to devices; it serves there once it passed its self-test")
     push.add_argument("bundle", type=Path, metavar="BUNDLE")
-    push.add_argument("devices", nargs="*", metavar="DEVICE", help="or with --inventory: more bundles")
+    devices = push.add_argument("devices", nargs="+", metavar="DEVICE", help="or with --inventory: more bundles")
     push.add_argument("--dry-run", action="store_true", help="print the steps and take none")
     push.add_argument("--tune", action="store_true", help="measure there how the model runs fastest, and keep that")
     push.add_argument("--self-test-timeout", type=float, default=TIMEOUT_S, metavar="SECONDS")
@@ -56,7 +56,7 @@ def _add_push(commands: Any) -> Any:
         help="the plain way, where nothing can be run: no self-test, no check of the device",
     )
     push.add_argument("--no-read-back", action="store_true", help="with --sftp: do not read again what was sent")
-    fleet.add_push_options(push)
+    fleet.add_push_options(push, instead_of=devices)
     push.set_defaults(call=call_push, show=show_push)
     return push
 

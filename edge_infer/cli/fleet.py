@@ -29,9 +29,28 @@ if TYPE_CHECKING:
 OPTIONS = ("group", "select", "parallel", "canary", "batch", "abort_after", "report", "resume", "retry_failed")
 
 
-def add_push_options(push: Any) -> None:
+class _Inventory(argparse.Action):
+    """Its file; and no device has to be named any more. (With ``nargs="*"`` argparse would take none after options.)"""
+
+    def __init__(self, instead_of: argparse.Action, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._instead_of = instead_of
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        self._instead_of.required = False
+
+
+def add_push_options(push: Any, instead_of: argparse.Action) -> None:
     fleet = push.add_argument_group("devices of an inventory", "instead of DEVICE; docs/fleet.md has more")
-    fleet.add_argument("--inventory", type=Path, metavar="FILE.toml", help="the file that lists the devices")
+    fleet.add_argument(
+        "--inventory",
+        action=_Inventory,
+        instead_of=instead_of,
+        type=Path,
+        metavar="FILE.toml",
+        help="the file that lists the devices",
+    )
     _add_selection(fleet)
     fleet.add_argument("--canary", metavar="N", help="devices that go first and must all succeed (default: 1)")
     fleet.add_argument("--batch", metavar="N", help="then so many at a time, or such as 10%% (default: all the rest)")
@@ -76,7 +95,7 @@ def add_command(commands: Any) -> None:
 
 
 def is_meant(args: argparse.Namespace) -> bool:
-    """Whether a push is for an inventory. Raises UsageError for options that contradict each other."""
+    """Whether a push is for an inventory. Raises UsageError for options that are for one where none is named."""
     if args.inventory is not None:
         return True
     given = [name for name in OPTIONS if getattr(args, name) is not None]
@@ -84,8 +103,6 @@ def is_meant(args: argparse.Namespace) -> bool:
         raise UsageError(
             f"--{given[0].replace('_', '-')} is for the devices of an inventory; name that with --inventory"
         )
-    if not args.devices:
-        raise UsageError("no device is named; give its address, or an inventory of devices with --inventory")
     return False
 
 
@@ -151,7 +168,7 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     if args.retry_failed and args.resume is None:
         raise UsageError("--retry-failed goes on from an earlier report; name that with --resume")
     policy = _policy(args)
-    bundles = _bundles([args.bundle, *map(Path, args.devices)])
+    bundles = _bundles([args.bundle, *map(Path, args.devices or ())])
     jobs = assign(_selected(args), bundles)
     send = _sender(args, jobs)
     rows = [Row(job.device.name, job.device.address, job.bundle.digest) for job in jobs]
