@@ -36,6 +36,8 @@ ANSWER = "answer.json"
 MAX_BYTES = 20 * 10**9
 #: A scratch folder older than this was left by a packaging that was killed.
 ABANDONED_S = 24 * 3600.0
+#: Folder in the same cache that is no step: what pushes keep (``edge_infer.deploy.bases``).
+BASES = "bases"
 #: Their versions are part of every key: another version may convert in another way.
 TOOLS = (
     "ai-edge-litert",
@@ -197,7 +199,7 @@ def _files(folder: Path) -> Iterable[Path]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a cache holds: finished steps and the bytes of all its files."""
+    """What a cache holds: finished steps and the bytes of all their files."""
 
     root: Path
     steps: int
@@ -205,28 +207,49 @@ class Usage:
 
 
 def usage(root: Path) -> Usage:
-    folders = _folders(root)
-    finished = [folder for folder in folders if (folder / ANSWER).is_file()]
-    return Usage(root, len(finished), sum(_folder_size(folder) for folder in folders))
+    found = folders(root)
+    finished = [folder for folder in found if (folder / ANSWER).is_file()]
+    return Usage(root, len(finished), size_of(found))
+
+
+def size_of(paths: Iterable[Path]) -> int:
+    """Bytes of files, and of all files below folders."""
+    return sum(map(_size_below, paths))
 
 
 def trim(root: Path, most: int, keep: Iterable[str] = ()) -> int:
     """Remove the steps that were not used for longest until at most ``most`` bytes are left; gives the bytes removed.
 
-    Those in ``keep`` stay, and so do the scratch folders of a packaging that may be running beside this one.
+    Those in ``keep`` stay.
+    """
+    return remove_oldest(folders(root), most, keep)
+
+
+def remove_oldest(paths: Iterable[Path], most: int, keep: Iterable[str] = ()) -> int:
+    """Remove the files and folders that were not used for longest until at most ``most`` bytes of them are left.
+
+    Those named in ``keep`` stay, and so do the scratch folders (``.NAME``) of a process that may be running beside this
+    one. Gives the bytes removed.
     """
     kept = set(keep)
     youngest = time.time() - ABANDONED_S
-    sizes = {folder: _folder_size(folder) for folder in _folders(root)}
+    sizes = {path: _size_below(path) for path in paths}
     total, removed = sum(sizes.values()), 0
-    for folder in sorted(sizes, key=_last_use):
+    for path in sorted(sizes, key=_last_use):
         if total - removed <= most:
             break
-        running = folder.name.startswith(".") and _last_use(folder) > youngest
-        if folder.name not in kept and not running:
-            shutil.rmtree(folder, ignore_errors=True)
-            removed += sizes[folder]
+        running = path.name.startswith(".") and _last_use(path) > youngest
+        if path.name not in kept and not running:
+            _remove(path)
+            removed += sizes[path]
     return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _last_use(folder: Path) -> float:
@@ -237,9 +260,12 @@ def _last_use(folder: Path) -> float:
         return 0.0
 
 
-def _folders(root: Path) -> list[Path]:
-    return [folder for folder in root.iterdir() if folder.is_dir()] if root.is_dir() else []
+def folders(root: Path) -> list[Path]:
+    """The finished steps and those being made."""
+    found = root.iterdir() if root.is_dir() else ()
+    return [folder for folder in found if folder.is_dir() and folder.name != BASES]
 
 
-def _folder_size(folder: Path) -> int:
-    return sum(_size(file) or 0 for file in folder.rglob("*") if file.is_file())
+def _size_below(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(_size(file) or 0 for file in files if file.is_file())

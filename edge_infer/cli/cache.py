@@ -1,4 +1,4 @@
-"""``edge-infer cache``: what packaging keeps, so that the same work is not done twice."""
+"""``edge-infer cache``: what packaging and pushing keep, so that the same work is not done or sent twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edge_infer.cli.options import byte_count
 
 
 def add_command(commands: Any) -> None:
-    parser = commands.add_parser("cache", help="what packaging keeps so as not to do it twice: show, or make smaller")
+    parser = commands.add_parser("cache", help="what packaging and pushing keep: show, or make smaller")
     parser.add_argument(
         "--trim",
         metavar="SIZE",
@@ -22,11 +22,22 @@ def add_command(commands: Any) -> None:
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer import steps
+    from edge_infer.deploy import bases
 
     root = steps.cache_root()
-    removed = 0 if args.trim is None else steps.trim(root, byte_count(args.trim))
+    pushed = bases.Bases(bases.bases_root())
+    removed = 0
+    if args.trim is not None:
+        removed = steps.remove_oldest([*steps.folders(root), *pushed.entries()], byte_count(args.trim))
     found = steps.usage(root)
-    return {"path": str(root), "steps": found.steps, "size": found.size, "removed": removed, "most": steps.MAX_BYTES}
+    return {
+        "path": str(root),
+        "steps": found.steps,
+        "size": found.size,
+        "removed": removed,
+        "most": steps.MAX_BYTES,
+        "pushed": {"path": str(pushed.root), "size": steps.size_of(pushed.entries()), "most": pushed.most},
+    }
 
 
 def show(answer: dict[str, Any]) -> None:
@@ -35,4 +46,8 @@ def show(answer: dict[str, Any]) -> None:
     print(
         f"{answer['path']}: {answer['steps']} steps, {console.size(answer['size'])} "
         f"of at most {console.size(answer['most'])}"
+    )
+    pushed = answer["pushed"]
+    print(
+        f"{pushed['path']}: pushed releases, {console.size(pushed['size'])} of at most {console.size(pushed['most'])}"
     )
