@@ -5,6 +5,7 @@
     journal/<name>              what happened, for people (journal.py)
     cache/                      what engines may keep; never required
     staging/<digest>/           a push on its way; survives an interruption so that the next push goes on
+    staging/<digest>.deltas/    what it sends instead of files, likewise
     lock                        held while something changes the store; says who holds it
 
 The pointer file is replaced by a rename, so a power cut leaves the old or the new model. The store knows nothing
@@ -401,8 +402,9 @@ class Store:
         oldest = time.time() - STAGING_KEPT_S
         found = []
         for path in sorted((self.root / "staging").glob("*")):
-            fresh = bool(SHA256.match(path.name)) and path.lstat().st_mtime > oldest
-            if path.name != spare if all_staging else not fresh:
+            digest = path.name.split(".")[0]  # of a bundle's files, or with a suffix of its deltas
+            fresh = bool(SHA256.match(digest)) and path.lstat().st_mtime > oldest
+            if digest != spare if all_staging else not fresh:
                 found.append(path)
         return found
 

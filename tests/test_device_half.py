@@ -35,6 +35,7 @@ SENT = [
     "journal",
     "store",
     "trust",
+    "delta",
     "admission",
     "deploy/device",
     "deploy/incoming",

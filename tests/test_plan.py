@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_infer import errors
-from edge_infer.deploy.plan import PushOptions, make_plan
+from edge_infer.deploy.plan import Delta, PushOptions, make_plan
 from edge_infer.manifest import Artifact, FileEntry, Golden, Manifest, Requirement, TargetFacts, TensorSpec
 
 PLANS = sorted((Path(__file__).parent / "data" / "plans").glob("*.json"))
@@ -50,14 +50,23 @@ FACTS = {
     "python": "3.11",
     "packages": {"edge-infer": "0.1.0", "onnxruntime": "1.20.1"},
 }
-ANSWER = {"present": False, "have": {}, "copies": [], "releases": [], "reclaimable_bytes": 0}
+ANSWER = {
+    "present": False,
+    "have": {},
+    "have_deltas": {},
+    "codecs": [],
+    "copies": [],
+    "releases": [],
+    "reclaimable_bytes": 0,
+}
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_plan(path: Path) -> None:
     case = json.loads(path.read_text())
     answer = {**ANSWER, **case.get("answer", {}), "facts": {**FACTS, **case.get("facts", {})}}
-    asked = (MANIFEST, DIGEST, answer, case.get("starts", {}), PushOptions(**case.get("options", {})))
+    deltas = {name: Delta(**row) for name, row in case.get("deltas", {}).items()}
+    asked = (MANIFEST, DIGEST, answer, case.get("starts", {}), PushOptions(**case.get("options", {})), deltas)
     if "refused" in case:
         with pytest.raises(getattr(errors, case["type"])) as caught:
             make_plan(*asked)

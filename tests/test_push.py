@@ -23,7 +23,9 @@ from sshd import SshServer, make_key
 import edge_infer
 from edge_infer.bundle import Bundle, describe_files, open_bundle, write_bundle
 from edge_infer.cli import main
+from edge_infer.delta import codecs
 from edge_infer.deploy import conversation
+from edge_infer.deploy.bases import Bases, bases_root
 from edge_infer.deploy.conversation import Conversation, open_transport, payload
 from edge_infer.deploy.incoming import PIECE_BYTES
 from edge_infer.deploy.local import LocalTransport
@@ -32,7 +34,7 @@ from edge_infer.deploy.push import confirm, push, rollback, status
 from edge_infer.deploy.receiver import Receiver
 from edge_infer.deploy.signing import change_signers, signer_line
 from edge_infer.deploy.transport import Transport
-from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, ReleaseNotFound, SelfTestFailed
+from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, ReleaseNotFound, SelfTestFailed, UsageError
 from edge_infer.runtime import plan
 from edge_infer.runtime.arrays import write_npz
 from edge_infer.runtime.session import load
@@ -533,6 +535,95 @@ def test_what_the_golden_gate_finds_is_named_and_leaves_the_old_model(local, onn
     assert (refused["event"], refused["digest"]) == ("refused", onnx_int8.digest)
 
 
+# -- deltas ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def releases(onnx, tmp_path) -> list[Bundle]:
+    """Two of one model, beside files that differ in a tenth of their bytes."""
+    data = np.frombuffer(random.Random(3).randbytes(1_000_000), np.uint8)
+    changed = data.copy()
+    changed[::10] += 1
+    made = []
+    for number, content in enumerate((data, changed)):
+        copy = tmp_path / f"files-{number}"
+        shutil.copytree(onnx.path, copy)
+        (copy / "manifest.json").unlink()
+        (copy / "table.bin").write_bytes(content.tobytes())
+        files = describe_files(copy, [*onnx.manifest.files, "table.bin"])
+        manifest = dataclasses.replace(onnx.manifest, version=str(number), files=files)
+        made.append(write_bundle(manifest, copy, tmp_path / f"release-{number}.edge"))
+    return made
+
+
+def test_a_release_is_sent_as_what_changed_since_the_one_that_is_there(device, releases):
+    first, second = releases
+    device.push(first)
+    pushed = device.push(second, delta="only")
+    patch = next(step for step in pushed.steps if step.action == "patch")
+    assert (patch.subject, patch.base) == ("table.bin", first.digest)
+    assert pushed.sent_bytes == patch.size < 400_000
+    assert device.current("digits").digest == second.digest
+    assert device.current("digits").file("table.bin").read_bytes() == second.file("table.bin").read_bytes()
+    assert list((device.store / "staging").iterdir()) == []
+
+
+def test_a_delta_is_for_slow_links_and_what_is_asked_for(device, releases):
+    first, second = releases
+    device.push(first)
+    steps = device.push(second, dry_run=True).steps
+    # On this machine itself there is nothing to gain.
+    assert ("patch" in [step.action for step in steps]) == (device.server is not None)
+    assert "patch" not in [step.action for step in device.push(second, dry_run=True, delta="never").steps]
+
+
+def test_delta_only_never_sends_all_in_silence(local, releases, onnx_int8, monkeypatch, tmp_path):
+    first, second = releases
+    local.push(first)
+    monkeypatch.setenv("EDGE_INFER_CACHE", str(tmp_path / "another-host"))
+    with pytest.raises(DeviceError, match="none of the device's releases of this model is kept on this machine"):
+        local.push(second, delta="only")
+    assert local.push(second, delta="only", base=first, dry_run=True).steps[0].action != "send"
+    with pytest.raises(UsageError, match="which the device does not have"):
+        local.push(second, delta="only", base=onnx_int8)
+    with pytest.raises(DeviceError, match=r"--delta-only: what changed since \w+ takes [\d,]+ of [\d,]+ bytes"):
+        local.push(onnx_int8, delta="only", base=first)
+    assert local.current("digits").digest == first.digest
+
+
+def test_a_delta_that_was_interrupted_goes_on(device, releases):
+    first, second = releases
+    device.push(first)
+    planned = device.push(second, delta="only", dry_run=True)
+    patch = next(step for step in planned.steps if step.action == "patch")
+    found = Bases(bases_root()).differences(first, second, ["table.bin"], codecs())["table.bin"].path.read_bytes()
+    cut = len(found) // 2
+    with contextlib.closing(device.transport()) as transport, Conversation(transport) as broken:
+        broken.ask("begin", **beginning(second))
+        broken.send("delta", name="table.bin", base=first.digest, offset=0, size=len(found))
+        broken._write(found[:cut])
+        broken._process.close_input()
+        with pytest.raises(DeviceError, match="middle of a file"):
+            broken.ask("finish", **FINISH)
+    pushed = device.push(second, delta="only")
+    again = next(step for step in pushed.steps if step.action == "patch")
+    assert (again.offset, again.size, pushed.sent_bytes) == (cut, patch.size - cut, patch.size - cut)
+    assert device.current("digits").digest == second.digest
+
+
+def test_a_delta_from_a_damaged_release_is_refused_and_says_what_helps(local, releases):
+    first, second = releases
+    local.push(first)
+    table = local.current("digits").file("table.bin")
+    data = bytearray(table.read_bytes())
+    data[5] ^= 1
+    table.write_bytes(data)
+    with pytest.raises(DeviceError, match=r"which it starts from, is damaged; push again with --no-delta"):
+        local.push(second, delta="only")
+    assert local.current("digits").digest == first.digest
+    assert local.push(second, delta="never").digest == second.digest
+
+
 # -- signatures --------------------------------------------------------------------------------------------------------
 
 
@@ -561,9 +652,9 @@ def signed(bundle: Bundle, key: Path, serial: int) -> Bundle:
 def test_a_device_that_has_keys_takes_what_they_signed_and_nothing_else(device, copies, key, tmp_path):
     first, second = copies
     device.push(first)
-    with pytest.raises(EdgeInferError, match="would not load any more"):
-        with contextlib.closing(device.transport()) as transport:
-            change_signers(transport, "add", signer_line(Path(f"{key}.pub"), "anna"))
+    words = "would not load any more"
+    with contextlib.closing(device.transport()) as transport, pytest.raises(EdgeInferError, match=words):
+        change_signers(transport, "add", signer_line(Path(f"{key}.pub"), "anna"))
     device.push(signed(first, key, 7))  # it is there already, and gets its signature now
     believe(device, key)
     with pytest.raises(DeviceError, match=r"is not signed, and .*allowed_signers takes only what its keys signed"):

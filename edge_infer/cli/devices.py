@@ -47,6 +47,20 @@ def _add_push(commands: Any) -> Any:
     push.add_argument(
         "--allow-older", action="store_true", help="a signed bundle of a smaller serial than one that was in use there"
     )
+    delta = push.add_mutually_exclusive_group()
+    delta.add_argument(
+        "--delta", action="store_const", const="all", default="auto",
+        help="send what changed since a release that is there of files above 10 MB too, where that is less",
+    )  # fmt: skip
+    delta.add_argument(
+        "--no-delta", dest="delta", action="store_const", const="never", help="send whole files in any case"
+    )
+    delta.add_argument(
+        "--delta-only", dest="delta", action="store_const", const="only", help="refuse where that is not less"
+    )
+    push.add_argument(
+        "--base", type=Path, metavar="BUNDLE", help="the release that is there, where this machine did not push it"
+    )
     _add_keep(push)
     _add_python(push)
     _add_wait(push)
@@ -165,6 +179,7 @@ def _transport(args: argparse.Namespace, address: str) -> Any:
 
 def push_options(args: argparse.Namespace) -> Any:
     """What the options of a push ask for. Raises UsageError."""
+    from edge_infer.bundle import open_bundle
     from edge_infer.deploy.plan import PushOptions
 
     return PushOptions(
@@ -177,6 +192,8 @@ def push_options(args: argparse.Namespace) -> Any:
         confirm_within_s=args.confirm_within,
         health=args.health,
         allow_older=args.allow_older,
+        delta=args.delta,
+        base=open_bundle(args.base) if args.base else None,
     )
 
 
@@ -213,6 +230,8 @@ def _check_sftp_options(args: argparse.Namespace) -> None:
         "--keep": args.keep != KEEP,
         "--wait": bool(args.wait),
         "--allow-older": args.allow_older,
+        "--delta, --no-delta or --delta-only": args.delta != "auto",
+        "--base": args.base is not None,
     }
     refused = [option for option, is_asked in asked.items() if is_asked]
     if refused:

@@ -31,6 +31,7 @@ MODULES = (
     "edge_infer.journal",
     "edge_infer.store",
     "edge_infer.trust",
+    "edge_infer.delta",
     "edge_infer.admission",
     "edge_infer.deploy.device",
     "edge_infer.deploy.incoming",
@@ -141,10 +142,11 @@ class Conversation:
         offset: int,
         progress: Callable[[int], None] = lambda sent: None,
         op: str = "file",
+        **more: str,
     ) -> int:
         """Send a file from ``offset`` on; gives the bytes sent, and tells ``progress`` of each part that has gone."""
         size = path.stat().st_size - offset
-        self.send(op, name=name, offset=offset, size=size)
+        self.send(op, name=name, offset=offset, size=size, **more)
         with path.open("rb") as file:
             file.seek(offset)
             while data := file.read(SLICE_BYTES):

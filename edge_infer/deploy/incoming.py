@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Set
 
+from edge_infer import delta
 from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle, replace_file
 from edge_infer.errors import BundleError, DeviceError, UsageError
 from edge_infer.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest
@@ -53,21 +54,7 @@ class Arrivals:
                 f"the host sent bytes {offset} to {offset + size} of {name!r}, which are not in the manifest"
             )
         self._right.discard(name)
-        path = self.store.staging(self.digest) / name
-        descriptor = os.open(str(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            hashed = _hash_start(file, offset)
-            file.truncate(offset)
-            file.seek(offset)
-            while size:
-                # What has come so far, and not a whole chunk: what is written is not lost with the connection.
-                data = source.read1(min(CHUNK_BYTES, size))
-                if not data:
-                    raise DeviceError("the connection ended in the middle of a file; push again, it goes on from here")
-                _write_all(file, data)
-                hashed.update(data)
-                size -= len(data)
-        if hashed.hexdigest() == entry.sha256:
+        if _append(self.store.staging(self.digest) / name, offset, size, source) == entry.sha256:
             self._right.add(name)
 
 
@@ -93,6 +80,42 @@ class Incoming(Arrivals):
                     return bundle.file(name)
         return None
 
+    def have_deltas(self) -> Dict[str, Dict[str, Any]]:
+        """As ``have``, of the deltas that an interrupted push left."""
+        found = {}
+        for name in self.files:
+            size = _size(self._deltas / name)
+            if size >= 0:
+                found[name] = {"size": size, "pieces": piece_hashes(self._deltas / name, size)}
+        return found
+
+    @property
+    def _deltas(self) -> Path:
+        return self.store.root / "staging" / f"{self.digest}.deltas"
+
+    def receive_delta(self, name: str, base: str, offset: int, size: int, source: Any) -> None:
+        """Make the staged file ``name`` of the one in the release ``base`` and a delta, of which ``size`` bytes come.
+
+        They go to ``offset`` of the delta, which ends with them. Raises DeviceError for what the manifest has no place
+        for, BundleError when the delta does not make the file.
+        """
+        entry = self.files.get(name)
+        if entry is None or offset < 0 or size < 0 or offset + size > entry.size:
+            raise DeviceError(f"the host sent a delta of {offset + size} bytes for {name!r}, which the bundle has not")
+        if base not in known_digests(self.store, self.manifest.name):
+            raise DeviceError(f"the host sent a delta from {base[:12]!r}, which is no release of this model here")
+        self._right.discard(name)
+        self._deltas.mkdir(parents=True, exist_ok=True)
+        part, staged = self._deltas / name, self.store.staging(self.digest) / name
+        _append(part, offset, size, source)
+        old = open_bundle(self.store.release(self.manifest.name, base))
+        _remove_file(staged)
+        try:
+            delta.apply(old.file(name), old.manifest.files.get(name, entry), part, staged, entry)
+        finally:
+            _remove_file(part)
+        self._right.add(name)
+
     def admit(self) -> None:
         """Complete the staged folder and move it among the releases. Raises BundleError when a file is damaged.
 
@@ -112,6 +135,7 @@ class Incoming(Arrivals):
         _remove_file(staged / SIGNATURE_NAME)
         if self.signature is not None:
             (staged / SIGNATURE_NAME).write_bytes(self.signature)
+        shutil.rmtree(str(self._deltas), ignore_errors=True)
         try:
             self.store.admit(staged, self.manifest.name, self.digest, self._right)
         except BundleError:
@@ -131,6 +155,24 @@ class Incoming(Arrivals):
                 shutil.rmtree(str(path), ignore_errors=True)
             elif path.is_symlink() or path.name not in wanted or not _is_part(path, wanted[path.name]):
                 path.unlink()
+
+
+def _append(path: Path, offset: int, size: int, source: Any) -> str:
+    """Put the next ``size`` bytes of ``source`` behind the first ``offset`` of the file; gives its SHA-256 then."""
+    descriptor = os.open(str(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        hashed = _hash_start(file, offset)
+        file.truncate(offset)
+        file.seek(offset)
+        while size:
+            # What has come so far, and not a whole chunk: what is written is not lost with the connection.
+            data = source.read1(min(CHUNK_BYTES, size))
+            if not data:
+                raise DeviceError("the connection ended in the middle of a file; push again, it goes on from here")
+            _write_all(file, data)
+            hashed.update(data)
+            size -= len(data)
+    return str(hashed.hexdigest())
 
 
 def piece_hashes(path: Path, size: int) -> List[str]:

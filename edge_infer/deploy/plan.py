@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
+from edge_infer.bundle import Bundle
 from edge_infer.deploy.receiver import LONGEST_S
 from edge_infer.errors import DeviceError, EngineMissing, UsageError
 from edge_infer.manifest import Manifest
@@ -30,7 +31,9 @@ class PushOptions:
     another push to end. ``timeout_s``: for the self-test. ``tune``: measure how the model runs fastest before it
     serves. ``confirm_within_s``: it serves on trial until it is confirmed, for so long. ``health``: a shell command
     there that confirms it by succeeding, within 60 s where nothing else is said. ``allow_older``: a signed bundle may
-    have a smaller serial than one that was in use there.
+    have a smaller serial than one that was in use there. ``delta``: send what changed since an older release where that
+    is less, of small files ("auto"), of all ("all"), "never", or "only": else refuse. ``base``: the bundle of that older
+    release, where this machine did not push it.
     """
 
     python: str | None = None
@@ -42,6 +45,8 @@ class PushOptions:
     confirm_within_s: float | None = None
     health: str | None = None
     allow_older: bool = False
+    delta: str = "auto"
+    base: Bundle | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number that means nothing."""
@@ -57,32 +62,50 @@ class PushOptions:
 
 @dataclass(frozen=True)
 class Step:
-    """``action``: make room, send, copy, keep, self-test, tune, activate, try or await. ``size``: the bytes sent from
-    ``offset``, or to be freed."""
+    """``action``: make room, send, patch, copy, keep, self-test, tune, activate, try or await. ``size``: the bytes sent
+    from ``offset``, or to be freed. ``base``: the release that a file is patched from."""
 
     action: str
     subject: str
     size: int = 0
     offset: int = 0
+    base: str = ""
 
     def __str__(self) -> str:
         amount = f" ({self.size:,} bytes{f' from {self.offset:,}' if self.offset else ''})" if self.size else ""
-        return f"{self.action} {self.subject}{amount}"
+        return f"{self.action} {self.subject}{f' from {self.base[:12]}' if self.base else ''}{amount}"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A file as what changed since the one in the release ``base``: ``size`` bytes, of which ``start`` are there."""
+
+    size: int
+    base: str
+    start: int = 0
 
 
 def make_plan(
-    manifest: Manifest, digest: str, answer: Mapping[str, Any], starts: Mapping[str, int], options: PushOptions
+    manifest: Manifest,
+    digest: str,
+    answer: Mapping[str, Any],
+    starts: Mapping[str, int],
+    options: PushOptions,
+    deltas: Mapping[str, Delta] | None = None,
 ) -> list[Step]:
     """The steps of a push, given the receiver's answer to ``begin``.
 
-    ``starts``: how much of each staged file the host found right. Raises DeviceError when the device is not what the
-    bundle was made for or has too little space, EngineMissing when no engine there can run it.
+    ``starts``: how much of each staged file the host found right. ``deltas``: what it would send instead of files.
+    Raises DeviceError when the device is not what the bundle was made for or has too little space, EngineMissing when
+    no engine there can run it.
     """
     facts = answer["facts"]
     check_device(manifest, facts)
     check_engine(manifest, facts)
-    files = [] if answer["present"] else [_file_step(manifest, name, answer, starts) for name in sorted(manifest.files)]
-    room = _make_room(manifest, answer)
+    names = [] if answer["present"] else sorted(manifest.files)
+    files = [_file_step(manifest, name, answer, starts, (deltas or {}).get(name)) for name in names]
+    # A delta lies beside the file that is made of it.
+    room = _make_room(manifest, answer, sum(step.size + step.offset for step in files if step.action == "patch"))
     steps = [Step("keep", f"release {digest[:12]}")] if answer["present"] else [*room, *files]
     steps.append(Step("self-test", f"{digest[:12]} with {facts['serving_python']}"))
     if options.tune:
@@ -90,19 +113,23 @@ def make_plan(
     return [*steps, *_activation(manifest.name, options)]
 
 
-def _file_step(manifest: Manifest, name: str, answer: Mapping[str, Any], starts: Mapping[str, int]) -> Step:
+def _file_step(
+    manifest: Manifest, name: str, answer: Mapping[str, Any], starts: Mapping[str, int], delta: Delta | None
+) -> Step:
     size, have = manifest.files[name].size, starts.get(name, 0)
     if have == size and name in answer["have"]:
         return Step("keep", name)
     if name in answer["copies"]:
         return Step("copy", f"{name} from another release")
+    if delta is not None and delta.size - delta.start < size - have:
+        return Step("patch", name, delta.size - delta.start, delta.start, delta.base)
     return Step("send", name, size - have, have)
 
 
-def _make_room(manifest: Manifest, answer: Mapping[str, Any]) -> list[Step]:
+def _make_room(manifest: Manifest, answer: Mapping[str, Any], more: int = 0) -> list[Step]:
     """What other pushes left behind goes when its space is needed; DeviceError when that is not enough."""
     # What is copied on the device takes space as well as what is sent.
-    needed = manifest.size - sum(int(row["size"]) for row in answer["have"].values())
+    needed = more + manifest.size - sum(int(row["size"]) for row in answer["have"].values())
     free, reclaimable = answer["facts"]["free_bytes"], answer["reclaimable_bytes"]
     if answer["present"] or needed <= free:
         return []

@@ -12,9 +12,11 @@ from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.bundle import Bundle, verify
+from edge_infer.deploy import deltas
 from edge_infer.deploy.conversation import Conversation, myself
+from edge_infer.deploy.difference import Difference
 from edge_infer.deploy.incoming import PIECE_BYTES, PIECE_DIGITS
-from edge_infer.deploy.plan import PushOptions, Step, make_plan
+from edge_infer.deploy.plan import Delta, PushOptions, Step, make_plan
 from edge_infer.deploy.transport import Transport
 from edge_infer.store import KEEP
 from edge_infer.trust import read_signature
@@ -58,11 +60,15 @@ def push(
     progress("asking the device")
     with Conversation(transport, options.store) as device:
         answer, steps = _begin(device, bundle, options)
+        differences = deltas.find_deltas(bundle, transport.address, answer, steps, options, progress)
+        if differences:
+            steps = _plan(bundle, answer, options, differences)
+        deltas.require_delta(bundle, answer, steps, options)
         current = answer["releases"][0] if answer["releases"] else None
         pushed = Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
         if dry_run:
             return pushed
-        sent = _send(device, bundle, steps, progress)
+        sent = _send(device, bundle, steps, progress, differences)
         progress("; ".join(str(step) for step in steps if step.action in ("self-test", "tune", "await")))
         done = device.ask(
             "finish",
@@ -72,6 +78,7 @@ def push(
             confirm_within_s=options.confirm_within_s,
             health=options.health,
         )
+    deltas.keep(bundle)
     return replace(pushed, sent_bytes=sent, report=done["report"], tuned=done["tuned"], pending_s=done["pending_s"])
 
 
@@ -88,7 +95,21 @@ def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> tuple[
         who=myself(),
         wait_s=options.wait_s,
     )
-    return answer, make_plan(bundle.manifest, bundle.digest, answer, sound_starts(bundle, answer["have"]), options)
+    return answer, _plan(bundle, answer, options)
+
+
+def _plan(
+    bundle: Bundle, answer: Mapping[str, Any], options: PushOptions, differences: Mapping[str, Difference] | None = None
+) -> list[Step]:
+    starts = sound_starts(bundle, answer["have"])
+    found = {name: _delta(made, answer["have_deltas"].get(name)) for name, made in (differences or {}).items()}
+    return make_plan(bundle.manifest, bundle.digest, answer, starts, options, found)
+
+
+def _delta(made: Difference, staged: Mapping[str, Any] | None) -> Delta:
+    """What the plan needs to know of a delta; ``staged`` is what an interrupted push left of it."""
+    start = sound_start(made.path, min(staged["size"], made.size), staged["pieces"]) if staged else 0
+    return Delta(made.size, made.base, start)
 
 
 def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
@@ -107,7 +128,13 @@ def sound_start(path: Path, size: int, pieces: list[str]) -> int:
     return size
 
 
-def _send(device: Conversation, bundle: Bundle, steps: list[Step], progress: Progress = lambda step: None) -> int:
+def _send(
+    device: Conversation,
+    bundle: Bundle,
+    steps: list[Step],
+    progress: Progress = lambda step: None,
+    differences: Mapping[str, Difference] | None = None,
+) -> int:
     """Take the steps before the self-test; gives the bytes sent."""
     sent = 0
     for step in steps:
@@ -116,6 +143,10 @@ def _send(device: Conversation, bundle: Bundle, steps: list[Step], progress: Pro
         elif step.action == "send":
             progress(str(step))
             sent += device.send_file(step.subject, bundle.file(step.subject), step.offset, Shares(step, progress))
+        elif step.action == "patch" and differences:
+            progress(str(step))
+            path = differences[step.subject].path
+            sent += device.send_file(step.subject, path, step.offset, Shares(step, progress), "delta", base=step.base)
     return sent
 
 

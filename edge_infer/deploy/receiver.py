@@ -1,11 +1,13 @@
 """The device's side of a push. Sent along by the host and run by any Python >= 3.8; nothing is installed for it.
 
-It speaks lines of JSON on standard input and output. A ``file`` request is followed by that many raw bytes; every
-other request gets one line back: ``{"ok": ...}`` or ``{"error": {"type": ..., "message": ...}}``, after which it ends.
+It speaks lines of JSON on standard input and output. A ``file`` or ``delta`` request is followed by that many raw
+bytes; every other request gets one line back: ``{"ok": ...}``, or ``{"error": {"type": ..., "message": ...}}``, after
+which it ends.
 
     begin     manifest, signature, allow_older, python, who, wait_s -> facts, what is here of each file, releases
     make-room -> bytes freed of what other pushes left behind
     file      name, offset, size, then bytes (no answer, so that files stream without waiting)
+    delta     name, base, offset, size, then bytes (no answer): the file from that of an older release
     finish    timeout_s, tune, keep, confirm_within_s, health -> verify, self-test in a child, tune, activate, collect
     measure   timeout_s, runs -> verify, self-test and time it; it is thrown away when the conversation ends
     status    python -> facts and rows of the store
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from edge_infer import admission, trust
+from edge_infer.delta import codecs
 from edge_infer.deploy.device import facts, serving_python
 from edge_infer.deploy.incoming import Incoming, known_digests
 from edge_infer.deploy.signers import trust_request
@@ -56,6 +59,7 @@ FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     },
     "make-room": {},
     "file": {"name": TEXT, "offset": (int,), "size": (int,)},
+    "delta": {"name": TEXT, "base": TEXT, "offset": (int,), "size": (int,)},
     "finish": {
         "timeout_s": NUMBER, "tune": (bool,), "keep": (int,),
         "confirm_within_s": NUMBER_OR_NONE, "health": TEXT_OR_NONE,
@@ -69,7 +73,7 @@ FIELDS: Dict[str, Dict[str, Tuple[type, ...]]] = {
     "collect": {"name": TEXT_OR_NONE, "keep": (int,), "who": TEXT, "wait_s": NUMBER},
 }  # fmt: skip
 #: Parts of a push.
-AFTER_BEGIN = ("make-room", "file", "finish", "measure")
+AFTER_BEGIN = ("make-room", "file", "delta", "finish", "measure")
 #: The longest time that a request may ask for, in seconds: more is a mistake, and clocks have limits.
 LONGEST_S = 7 * 24 * 3600
 
@@ -83,6 +87,7 @@ class Receiver:
             "begin": self.begin,
             "make-room": self.make_room,
             "file": self.file,
+            "delta": self.delta,
             "finish": self.finish,
             "measure": self.measure,
             "status": self.status,
@@ -180,6 +185,8 @@ class Receiver:
             "facts": facts(self.store.root, self.python),
             "present": self.present,
             "have": {} if self.present else self.incoming.have(),
+            "have_deltas": {} if self.present else self.incoming.have_deltas(),
+            "codecs": codecs(),
             "copies": [] if self.present else self.incoming.copies(),
             "reclaimable_bytes": self.store.reclaimable_bytes(digest),
             "releases": known_digests(self.store, manifest.name),
@@ -202,6 +209,10 @@ class Receiver:
     def file(self, request: Mapping[str, Any]) -> None:
         """Append the bytes that follow to the staged file."""
         self.coming.receive(request["name"], request["offset"], request["size"], self.asked)
+
+    def delta(self, request: Mapping[str, Any]) -> None:
+        """Make a staged file of an older release's and the bytes that follow."""
+        self.coming.receive_delta(request["name"], request["base"], request["offset"], request["size"], self.asked)
 
     def finish(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         name, digest = self.coming.manifest.name, self.coming.digest
