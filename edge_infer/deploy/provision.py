@@ -170,9 +170,8 @@ def default_engines(facts: Mapping[str, Any]) -> list[str]:
 
 def check_models(address: str, facts: Mapping[str, Any], engines: Sequence[str]) -> None:
     """Raise DeviceError where models that run now would lose their engine, before anything is chosen or sent."""
-    lost = {RUNS[engine] for engine in facts["engines"] if engine in RUNS} & set(facts["formats"]) - {
-        RUNS[name] for name in engines
-    }
+    runs_now = {RUNS[engine] for engine in facts["engines"] if engine in RUNS}
+    lost = runs_now & set(facts["formats"]) - {RUNS[engine] for engine in engines}
     if lost:
         wanted = " ".join(f"--engine {FOR_FORMAT[format]}" for format in sorted(lost))
         raise DeviceError(f"{address}: models in use there need {', '.join(sorted(lost))}; add {wanted}")
