@@ -39,7 +39,8 @@ FACTS: dict[str, Any] = {
             "engine": {"package": "onnxruntime", "version": "1.32.0"},
         }
     ],
-    "unfinished_bytes": 0, "ssh_keygen": "/usr/bin/ssh-keygen", "allowed_signers": False,
+    "unfinished_bytes": 0, "ssh_keygen": "/usr/bin/ssh-keygen",
+    "signers": {"tflite": None, "onnx": None, "torchscript": None},
 }  # fmt: skip
 
 
@@ -85,8 +86,8 @@ def test_a_device_that_lacks_nothing() -> None:
         ({"serving": {"packages": {}}}, "engines", "wrong", "has no edge-infer", PROVISION),
         ({"serving": {"packages": {"edge-infer": "1"}}}, "engines", "wrong", "has no engine", "--engine tflite"),
         ({"ssh_keygen": None}, "ssh-keygen", "missing", "signed bundles need it", "apt install openssh-client"),
-        ({"ssh_keygen": None, "allowed_signers": True}, "ssh-keygen", "wrong", "not there", "openssh-client"),
-        ({"allowed_signers": True}, "signing", "ok", "only what /home/pi/.edge-infer/allowed_signers allows", ""),
+        ({"ssh_keygen": None, "signers": {"onnx": "/a"}}, "ssh-keygen", "wrong", "not there", "openssh-client"),
+        ({"signers": {"onnx": "/a"}}, "signing", "ok", "onnx by /a; any bundle of tflite, torchscript", ""),
         (
             {"models": [{"name": "d", "digest": "", "error": "weights.bin is damaged", "damaged": True}]},
             "model d", "wrong", "weights.bin is damaged", "edge-infer push BUNDLE kitchen",

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-from edge_infer import admission
+from edge_infer import admission, trust
 from edge_infer.deploy.device import RESERVE_BYTES, facts, free_bytes, serving_python
 from edge_infer.deploy.venvs import Venvs
 from edge_infer.errors import DeviceError, EdgeInferError
+from edge_infer.manifest import FORMATS
 from edge_infer.store import Store
 
 #: Asks a Python what decides which wheels fit it. ``libc`` is filled in by the caller where this says nothing.
@@ -108,8 +109,20 @@ def examine(store: Store, python: Optional[str], timeout_s: float) -> Dict[str, 
         "models": [_examine_model(store, row, serving, timeout_s) for row in store.status()],
         "unfinished_bytes": store.reclaimable_bytes(""),
         "ssh_keygen": shutil.which("ssh-keygen"),
-        "allowed_signers": (store.root / "allowed_signers").is_file(),
+        "signers": _signers(store.root),
     }
+
+
+def _signers(root: Path) -> Dict[str, Optional[str]]:
+    """The file that says who may sign bundles of each format; None where none has to. An unreadable one is named."""
+    found: Dict[str, Optional[str]] = {}
+    for format in FORMATS:
+        try:
+            demanded = trust.demand(root, "", format)
+            found[format] = str(demanded.path) if demanded else None
+        except EdgeInferError as error:
+            found[format] = str(error)
+    return found
 
 
 def _serving(root: Path, python: str) -> Dict[str, Any]:

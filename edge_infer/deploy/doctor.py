@@ -182,14 +182,13 @@ def _model(address: str, row: Mapping[str, Any]) -> Line:
 
 
 def _signing(facts: Mapping[str, Any]) -> Iterator[Line]:
-    signers = f"{facts['store']}/allowed_signers"
+    demanded = [f"{format} by {path}" for format, path in facts["signers"].items() if path]
     if facts["ssh_keygen"] is None:
-        make = wrong if facts["allowed_signers"] else missing
+        make = wrong if demanded else missing
         yield make("ssh-keygen", "not there; signed bundles need it", "there: sudo apt install openssh-client")
-    elif facts["allowed_signers"]:
-        yield ok("signing", f"only what {signers} allows")
-    else:
-        yield ok("signing", f"any bundle is taken: there is no {signers}")
+    free = [format for format, path in facts["signers"].items() if not path]
+    taken = [f"any bundle of {', '.join(free)}"] if free else []
+    yield ok("signing", "; ".join([*demanded, *taken]))
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
