@@ -156,18 +156,20 @@ def facts(case: str) -> dict[str, Any]:
     return {"size": bundle.manifest.size, "prepack": bundle.manifest.artifact.prepack}
 
 
+def processor() -> str:
+    """This machine's, by name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def surroundings(runs: int) -> dict[str, Any]:
     """What the figures depend on: machine, versions, how they were taken."""
     from importlib.metadata import version
 
-    cpu = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     packages = ("ai-edge-litert", "onnxruntime", "torch", "numpy")
     return {
-        "processor": cpu[0] if cpu else platform.machine(),
+        "processor": processor(),
         "cores": CORES,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},

@@ -36,6 +36,8 @@ READ_BYTES = 1 << 19
 FAST_BYTES_PER_S = 1e9
 #: Bytes of a connection that may be under way however slow the link and however many share it.
 LEAST_BYTES = 16 * 1024
+#: A chunk of this size belongs to a file.
+BULK_BYTES = 4096
 #: What the buffers of a link with a bandwidth hold besides, in seconds of it.
 BUFFER_S = 0.02
 
@@ -50,6 +52,8 @@ class Line:
         self.bytes_per_s = bytes_per_s
         #: Bytes that have arrived at the other side.
         self.passed = 0
+        #: When the last of them did that came in numbers, and not with a mere request, in ns of the monotonic clock.
+        self.bulk_ns = 0
         #: Bytes that may still pass before the connection that carries the next one is cut; None: no end.
         self.left: int | None = None
         self._free_at = 0.0
@@ -95,11 +99,12 @@ class Link:
         """What there was so far.
 
         ``up`` and ``down`` are bytes that have arrived, from and to clients; ``connections``, and ``cuts`` of them;
-        ``trips`` the round trips of the connection that took the most, see Connection.
+        ``trips`` the round trips of the connection that took the most, see Connection; ``bulk_ns`` when the last bytes
+        of a file had arrived from a client, by ``time.monotonic_ns``.
         """
         with self._lock:
             counts = {name: getattr(self, name) for name in ("connections", "cuts", "trips")}
-            return {**counts, "up": self.up.passed, "down": self.down.passed}
+            return {**counts, "up": self.up.passed, "down": self.down.passed, "bulk_ns": self.up.bulk_ns}
 
     def __enter__(self) -> Link:
         self.selector.register(self._listener, READ, self._accept)
@@ -287,6 +292,8 @@ class Pipe:
                 return
             self.size -= sent
             self.line.passed += sent
+            if sent >= BULK_BYTES:
+                self.line.bulk_ns = time.monotonic_ns()
             self.connection.arrived(self.sink, number)
             if sent == len(data):
                 self.under_way.popleft()

@@ -172,5 +172,5 @@ def test_a_process_of_its_own() -> None:
         with socket.create_connection((HOST, link.port)) as client:
             client.sendall(b"hello")
             assert exactly(client, 5) == b"hello"
-        expected = {"connections": 1, "cuts": 0, "trips": 2, "up": 5, "down": 5}
+        expected = {"connections": 1, "cuts": 0, "trips": 2, "up": 5, "down": 5, "bulk_ns": 0}
         assert link.counts() == expected
