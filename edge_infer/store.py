@@ -342,6 +342,18 @@ class Store:
 
     def rollback(self, name: str, digest: Optional[str] = None, who: str = "") -> str:
         """Go back to the release before, or to ``digest``; gives the digest in use then. Raises ReleaseNotFound."""
+        wanted, digests = self.older(name, digest), self.digests(name)
+        path = self.release(name, wanted)
+        verify_files(path, self._open_release(name, wanted).manifest.files)
+        self._point(name, Pointer(tuple(digests[digests.index(wanted) :])))
+        self.note(name, "rolled back", wanted, who=who)
+        return wanted
+
+    def older(self, name: str, digest: Optional[str] = None) -> str:
+        """The release that a rollback goes to: the one before, or the one whose digest begins with ``digest``.
+
+        Raises ReleaseNotFound when it is not kept.
+        """
         digests = self.digests(name)
         if len(digests) < 2:
             what = "has only the release in use" if digests else "is not in this store"
@@ -350,10 +362,6 @@ class Store:
         if not older:
             kept = ", ".join(known[:12] for known in digests[1:])
             raise ReleaseNotFound(f"cannot roll back: {name!r} has no older release {digest}, only {kept}")
-        path = self.release(name, older[0])
-        verify_files(path, self._open_release(name, older[0]).manifest.files)
-        self._point(name, Pointer(tuple(digests[digests.index(older[0]) :])))
-        self.note(name, "rolled back", older[0], who=who)
         return older[0]
 
     def keep_only(self, name: str, keep: int) -> None:

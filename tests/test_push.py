@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SOURCES
-from sshd import SshServer, make_key
+from sshd import SshServer
 
 import edge_infer
 from edge_infer.bundle import Bundle, describe_files, open_bundle, write_bundle
@@ -32,7 +32,6 @@ from edge_infer.deploy.local import LocalTransport
 from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import confirm, push, rollback, status
 from edge_infer.deploy.receiver import Receiver
-from edge_infer.deploy.signing import change_signers, signer_line
 from edge_infer.deploy.transport import Transport
 from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, ReleaseNotFound, SelfTestFailed, UsageError
 from edge_infer.runtime import plan
@@ -623,82 +622,6 @@ def test_a_delta_from_a_damaged_release_is_refused_and_says_what_helps(local, re
         local.push(second, delta="only")
     assert local.current("digits").digest == first.digest
     assert local.push(second, delta="never").digest == second.digest
-
-
-# -- signatures --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> Path:
-    make_key(tmp_path / "anna")
-    return tmp_path / "anna"
-
-
-@pytest.fixture
-def copies(onnx, onnx_int8, tmp_path) -> list[Bundle]:
-    """Two bundles that may be signed; the session's own are for all tests."""
-    return [open_bundle(Path(shutil.copytree(each.path, tmp_path / each.digest))) for each in (onnx, onnx_int8)]
-
-
-def believe(device: Device, key: Path) -> None:
-    address, *options = device.arguments
-    assert main(["trust", address, *options, "--key", f"{key}.pub", "--principal", "anna"]) == 0
-
-
-def signed(bundle: Bundle, key: Path, serial: int) -> Bundle:
-    assert main(["sign", str(bundle.path), "--key", str(key), "--serial", str(serial)]) == 0
-    return bundle
-
-
-def test_a_device_that_has_keys_takes_what_they_signed_and_nothing_else(device, copies, key, tmp_path):
-    first, second = copies
-    device.push(first)
-    words = "would not load any more"
-    with contextlib.closing(device.transport()) as transport, pytest.raises(EdgeInferError, match=words):
-        change_signers(transport, "add", signer_line(Path(f"{key}.pub"), "anna"))
-    device.push(signed(first, key, 7))  # it is there already, and gets its signature now
-    believe(device, key)
-    with pytest.raises(DeviceError, match=r"is not signed, and .*allowed_signers takes only what its keys signed"):
-        device.push(second)
-    make_key(tmp_path / "stranger")
-    with pytest.raises(DeviceError, match=r"which .*allowed_signers does not allow"):
-        device.push(signed(second, tmp_path / "stranger", 8))
-    shutil.copy(first.path / "manifest.sig", second.path / "manifest.sig")
-    with pytest.raises(DeviceError, match="a signature does not pass from one bundle to another"):
-        device.push(second)
-    assert not (device.store / "staging" / second.digest).exists()
-    assert device.current("digits").digest == first.digest
-    device.push(signed(second, key, 8))
-    assert device.current("digits").digest == second.digest
-
-
-def test_an_older_signed_bundle_is_refused_unless_it_is_kept_or_told_to(device, copies, packaged, key, tmp_path):
-    first, second = copies
-    half = packaged(SOURCES["onnx"], "onnx", "float16")
-    third = open_bundle(Path(shutil.copytree(half.path, tmp_path / half.digest)))
-    believe(device, key)
-    device.push(signed(first, key, 10))
-    with pytest.raises(DeviceError, match=r"has serial 9, and is older than .* with 10"):
-        device.push(signed(second, key, 9))
-    with pytest.raises(DeviceError, match="two bundles of one serial are mixed up"):
-        device.push(signed(second, key, 10), allow_older=True)
-    device.push(signed(second, key, 9), allow_older=True)
-    assert device.push(first).replaced == second.digest  # it is kept to go back to
-    device.push(signed(third, key, 11))
-    with contextlib.closing(device.transport()) as transport:
-        assert rollback(transport, "digits") == first.digest
-
-
-def test_torchscript_alone_may_be_held_to_signatures(local, packaged, onnx, key, tmp_path):
-    address = local.arguments[0]
-    line = ["--key", f"{key}.pub", "--principal", "anna", "--format", "torchscript"]
-    assert main(["trust", address, *line]) == 0
-    local.push(onnx)
-    made = packaged(SOURCES["torchscript"], "torchscript", "float32")
-    copy = open_bundle(Path(shutil.copytree(made.path, tmp_path / made.digest)))
-    with pytest.raises(DeviceError, match="is not signed"):
-        local.push(copy)
-    assert local.push(signed(copy, key, 1)).replaced == onnx.digest
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 from edge_infer import admission, trust
+from edge_infer.bundle import open_bundle
 from edge_infer.delta import codecs
 from edge_infer.deploy.device import facts, serving_python
 from edge_infer.deploy.incoming import Incoming, known_digests
@@ -288,7 +289,9 @@ class Receiver:
 
     def rollback(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         with self.changing(request, f"a rollback of {request['name']}"):
-            return {"digest": self.store.rollback(request["name"], request["digest"], request["who"])}
+            wanted = self.store.older(request["name"], request["digest"])
+            trust.require_signed(open_bundle(self.store.release(request["name"], wanted)))
+            return {"digest": self.store.rollback(request["name"], wanted, request["who"])}
 
     def confirm(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         with self.changing(request, f"a confirmation of {request['name']}"):
