@@ -5,8 +5,8 @@
     blobs/sha256/<digest>       files and manifests, each once
 
 Each file of a bundle is a blob, under the same SHA-256 as in the bundle's manifest; the manifest is one too, so that
-its digest is the bundle's. The OCI manifest names them as its layers (image-spec 1.1, an artifact: ``artifactType``
-and the empty config). Nothing is compressed, and the same bundle gives the same bytes.
+its digest is the bundle's, and so is a signature. The OCI manifest names them as its layers (image-spec 1.1, an
+artifact: ``artifactType`` and the empty config). Nothing is compressed, and the same bundle gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from edge_infer.bundle import (
     write_bundle,
 )
 from edge_infer.errors import BundleError, UsageError
-from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, Manifest, parse
+from edge_infer.manifest import MANIFEST_MAX_BYTES, MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
+from edge_infer.trust import read_signature
 
 ARTIFACT = "application/vnd.edge-infer.bundle.v1"
 BUNDLE_MANIFEST = "application/vnd.edge-infer.bundle.manifest.v1+json"
+SIGNATURE = "application/vnd.edge-infer.bundle.signature.v1"
 FILE = "application/octet-stream"
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 IMAGE_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -100,10 +102,13 @@ def _artifact(bundle: Bundle) -> dict[str, Any]:
 def _layers(bundle: Bundle) -> list[dict[str, Any]]:
     files = sorted(bundle.manifest.files.items())
     own = bundle.file(MANIFEST_NAME).stat().st_size
-    return [
-        *(_descriptor(FILE, entry.sha256, entry.size, {TITLE: name}) for name, entry in files),
-        _descriptor(BUNDLE_MANIFEST, bundle.digest, own, {TITLE: MANIFEST_NAME}),
-    ]
+    layers = [_descriptor(FILE, entry.sha256, entry.size, {TITLE: name}) for name, entry in files]
+    layers.append(_descriptor(BUNDLE_MANIFEST, bundle.digest, own, {TITLE: MANIFEST_NAME}))
+    signature = read_signature(bundle.path)
+    if signature is not None:
+        digest = hashlib.sha256(signature).hexdigest()
+        layers.append(_descriptor(SIGNATURE, digest, len(signature), {TITLE: SIGNATURE_NAME}))
+    return layers
 
 
 def import_bundle(layout: Path, name: str, path: Path) -> Bundle:
@@ -119,15 +124,18 @@ def import_bundle(layout: Path, name: str, path: Path) -> Bundle:
     layers = document.get("layers") if document.get("artifactType") == ARTIFACT else None
     if not isinstance(layers, list):
         raise BundleError(f"{name} in {layout} is no bundle, expected an artifact of type {ARTIFACT}")
-    found = [layer for layer in layers if isinstance(layer, dict) and layer.get("mediaType") == BUNDLE_MANIFEST]
+    found = _of_kind(layers, BUNDLE_MANIFEST, layout)
     if len(found) != 1:
         raise BundleError(f"{name} in {layout} has {len(found)} bundle manifests, expected one; export it again")
-    digest = _sha256(found[0], layout)
+    digest = found[0]
     manifest = parse(_checked(blobs / digest, digest))
+    signatures = [_checked(blobs / each, each) for each in _of_kind(layers, SIGNATURE, layout)]
     with tempfile.TemporaryDirectory(prefix="edge-infer-import-") as folder:
         for file, entry in manifest.files.items():
             _copy(blobs / entry.sha256, Path(folder) / file, entry.sha256)
         bundle = write_bundle(manifest, Path(folder), path)
+    for signature in signatures[:1]:
+        replace_file(path / SIGNATURE_NAME, signature)
     if bundle.digest != digest:
         raise BundleError(f"{path} has the digest {bundle.digest[:16]}..., expected {digest[:16]}...; export it again")
     return bundle
@@ -206,6 +214,11 @@ def _find(layout: Path, name: str) -> dict[str, Any]:
 def _descriptor(kind: str, sha256: str, size: int, annotations: Mapping[str, str] | None = None) -> dict[str, Any]:
     row: dict[str, Any] = {"mediaType": kind, "digest": PREFIX + sha256, "size": size}
     return {**row, "annotations": dict(annotations)} if annotations else row
+
+
+def _of_kind(layers: list[Any], kind: str, layout: Path) -> list[str]:
+    """Digests of the layers of that media type."""
+    return [_sha256(layer, layout) for layer in layers if isinstance(layer, dict) and layer.get("mediaType") == kind]
 
 
 def _sha256(descriptor: Mapping[str, Any], layout: Path) -> str:

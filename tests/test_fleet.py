@@ -360,6 +360,7 @@ def test_a_release_on_trial_is_confirmed_on_the_whole_group(fleet, onnx, invento
         (["BUNDLE", "--inventory", "FLEET", "--group", "all", "--resume", "FLEET"], "is no report of a rollout"),
         (["BUNDLE", "--inventory", "/no/file", "--group", "all"], "cannot be read as an inventory"),
         (["BUNDLE", "nothing.edge", "--inventory", "FLEET", "--group", "all"], "there is no bundle"),
+        (["BUNDLE", "--inventory", "FLEET", "--group", "all", "--sftp"], "which --sftp has none of"),
         (["BUNDLE", "local:/x", "--canary", "1"], "--canary is for the devices of an inventory"),
     ],
 )  # fmt: skip

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SOURCES
+from sshd import make_key
 
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.cli import main
+from edge_infer.deploy.signing import sign
 from edge_infer.errors import BundleError, UsageError
 from edge_infer.oci import export, import_bundle, tags
 
@@ -53,6 +55,18 @@ def test_skopeo_copies_it_to_another_layout_from_which_it_is_imported(layout, on
     skopeo("copy", f"oci:{layout}:{TAG}", f"oci:{tmp_path / 'store'}:digits:new")
     assert import_bundle(tmp_path / "store", "digits:new", tmp_path / "back.edge").digest == onnx.digest
     assert content(tmp_path / "back.edge") == content(onnx.path)
+
+
+def test_a_signed_bundle_comes_back_signed(onnx, tmp_path):
+    copy = tmp_path / "signed.edge"
+    shutil.copytree(onnx.path, copy)
+    make_key(tmp_path / "key")
+    sign(open_bundle(copy), tmp_path / "key")
+    export(open_bundle(copy), tmp_path / "layout")
+    skopeo("copy", f"oci:{tmp_path / 'layout'}:{TAG}", f"oci:{tmp_path / 'store'}:{TAG}")
+    back = import_bundle(tmp_path / "store", TAG, tmp_path / "back.edge")
+    assert back.digest == onnx.digest and content(back.path) == content(copy)
+    assert "manifest.sig" in content(back.path)
 
 
 def test_the_oci_manifest_is_an_artifact_by_image_spec_1_1(layout, onnx):

@@ -201,9 +201,9 @@ def call_push(args: argparse.Namespace) -> dict[str, Any]:
     """Push to each device in turn; one that fails does not keep the others from theirs."""
     from edge_infer.bundle import open_bundle
 
-    _check_sftp_options(args)
     if fleet.is_meant(args):
         return fleet.call_push(args)
+    _check_sftp_options(args)
     bundle, options = open_bundle(args.bundle), push_options(args)
     rows = [_push_one(args, bundle, options, address) for address in args.devices]
     failed = any(row.get("error") for row in rows)

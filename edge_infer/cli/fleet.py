@@ -97,6 +97,10 @@ def add_command(commands: Any) -> None:
 def is_meant(args: argparse.Namespace) -> bool:
     """Whether a push is for an inventory. Raises UsageError for options that are for one where none is named."""
     if args.inventory is not None:
+        if args.sftp or args.no_read_back:
+            raise UsageError(
+                "a rollout goes by the devices' self-tests, which --sftp has none of; push to each by address"
+            )
         return True
     given = [name for name in OPTIONS if getattr(args, name) is not None]
     if given:
