@@ -27,6 +27,11 @@ SEAL = "sha256"
 #: A manifest larger than this is refused unread: it names files and tensors, it holds no data.
 MANIFEST_MAX_BYTES = 4 * 1024 * 1024
 
+#: Each value of a JSON text takes some hundred bytes of memory, of which a board has little.
+MOST_VALUES = 500_000
+#: A count of bytes has 19 digits. Python before 3.11 needs hours for a number of megabytes.
+INT_DIGITS = 20
+
 FORMATS = ("tflite", "onnx", "torchscript")
 PRECISIONS = (
     "float32",
@@ -458,6 +463,19 @@ class Manifest(Record):
         return sum(entry.size for entry in self.files.values())
 
 
+def read_json(data: bytes) -> Any:
+    """The value of a JSON text from elsewhere, in bounded memory and time. Raises ValueError, RecursionError."""
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES} values")
+    return json.loads(data.decode("utf-8"), parse_int=_whole_number)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > INT_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits, expected at most {INT_DIGITS}")
+    return int(digits)
+
+
 def canonical_json(value: object) -> bytes:
     return (json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
 
@@ -509,7 +527,7 @@ def parse(data: bytes) -> Manifest:
 
 
 def _parse(data: bytes) -> Manifest:
-    value = json.loads(data.decode("utf-8"))
+    value = read_json(data)
     _expect(isinstance(value, dict), "content", "an object", value)
     schema = count(value.get("schema"), "schema")
     if schema > SCHEMA:

@@ -23,10 +23,13 @@ from edge_infer.deploy.local import LocalProcess, LocalTransport
 #: The kernel's EXT4_IOC_SHUTDOWN and EXT4_GOING_FLAGS_NOLOGFLUSH: nothing that is not on the disk by now comes there.
 SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2
 
-#: Answers for the serving Python in a millisecond, where the engine's answer is not what is tested.
+#: Answers for the serving Python in a millisecond, where the engine's answer is not what is tested. It makes no
+#: environments.
 QUICK_PYTHON = """#!/bin/sh
-case "$1" in
--c) echo '%s' ;;
+case "$1 $2" in
+"-I -c") exec %s "$@" ;;
+"-I "*) exit 1 ;;
+"-c "*) echo '%s' ;;
 *) echo '{}' ;;
 esac
 """
@@ -38,7 +41,7 @@ def quick_python(folder: Path) -> str:
 
     facts = {"python": "3.11", "packages": {name: version(name) for name in ("edge-infer", "onnxruntime")}}
     path = folder / "python"
-    path.write_text(QUICK_PYTHON % json.dumps(facts))
+    path.write_text(QUICK_PYTHON % (sys.executable, json.dumps(facts)))
     path.chmod(0o755)
     return str(path)
 

@@ -44,7 +44,7 @@ from crash_disk import WAYS, Disk, Said, Synced, Tree, key_of, put_down, tree_of
 from edge_infer import pointer
 from edge_infer.admission import self_test
 from edge_infer.bundle import Bundle, describe_files, open_bundle, verify, write_bundle
-from edge_infer.deploy.plan import Wish
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import collect, confirm, measuring, push, rollback
 from edge_infer.errors import EdgeInferError, ReleaseNotFound
 from edge_infer.store import Store
@@ -119,7 +119,7 @@ Do = Callable[[Device, Bundles], None]
 
 def pushes(name: str, **wish: object) -> Do:
     def do(device: Device, bundles: Bundles) -> None:
-        push(getattr(bundles, name), device, Wish(python=device.python, **wish))  # type: ignore[arg-type]
+        push(getattr(bundles, name), device, PushOptions(python=device.python, **wish))  # type: ignore[arg-type]
 
     return do
 
@@ -392,7 +392,7 @@ class Workshop:
         return names[0] if names else "none" if digest is None else digest[:12]
 
     def _takes_a_push(self, store: Path, bundle: Bundle) -> str:
-        push(bundle, Quick(store, self.python), Wish(python=self.python))
+        push(bundle, Quick(store, self.python), PushOptions(python=self.python))
         return "" if sound(Store(store), NAME) == bundle.digest else "a push did not take over"
 
     def _collects(self, store: Path) -> str:

@@ -1,11 +1,12 @@
 """Conversations with a receiver that no host has: what scripts/fuzz_receiver.py tries, from a seed and a number.
 
-They begin as what a host says, made from the receiver's own table of requests: a new request is among them without a
-word here, as long as its fields have the types of others. Then something is wrong with them.
+They begin as what a host says, made from the receiver's own table of requests and the installer's: a new request is
+among them without a word here, as long as its fields have the types of others. Then something is wrong with them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,8 +18,16 @@ from typing import Any
 import mutations
 
 from edge_infer.bundle import Bundle
-from edge_infer.deploy.receiver import AFTER_BEGIN, FIELDS
+from edge_infer.deploy import installer, receiver
+from edge_infer.deploy.installer import AFTER_INSTALL_BEGIN
+from edge_infer.deploy.receiver import AFTER_BEGIN
 from edge_infer.manifest import MANIFEST_NAME, seal
+
+#: All requests, and those that need none before them.
+FIELDS = {**receiver.FIELDS, **installer.FIELDS}
+ALONE = [op for op in FIELDS if op not in ("begin", "install-begin", *AFTER_BEGIN, *AFTER_INSTALL_BEGIN)]
+#: What stands for a wheel.
+WHEEL = b"no wheel"
 
 #: Numbers that are no count of anything. Where a number of seconds is meant, those that are valid are short.
 ODD_NUMBERS = (
@@ -27,7 +36,7 @@ ODD_NUMBERS = (
 )
 #: Names of files and models that are none, and texts.
 ODD_TEXTS = (
-    *("", ".", "..", "/", "x", "..x", "x/../y", "../escaped", "../../escaped", "a/b", "/proc/escaped/x", "~", "~nobody"),
+    *("", ".", "..", "/", "x", "..x", "x/../y", "../escaped", "../../escaped", "a/b", "/proc/x/y", "~", "~nobody"),
     *(".hidden", "-x", "x" * 100, "x" * 101, "x" * 300, "x" * 5000, "a\x00b", "a\nb", "a\rb", "\x00", "\x1b[2J"),
     *("\u00e9", "e\u0301", "\U0001f600", "\ud800", "\udcff", "\u202e", "con", "NUL", MANIFEST_NAME, "weights.bin/"),
     *("manifest.json.", "lock", "x.edge", "/dev/null", "/dev/full", "{}", "%s%n", "$(touch x)", "0" * 64, "f" * 64),
@@ -80,6 +89,11 @@ class Host:
             "keep": 2,
             "runs": 1,
             "store": None,
+            "requirements": "x==1",
+            "engines": ["onnxruntime"],
+            "files": [["pip-1-py3-none-any.whl", len(WHEEL), hashlib.sha256(WHEEL).hexdigest()]],
+            "imports": ["json"],
+            "install_s": 20.0,
         }
 
     def request(self, op: str, **values: Any) -> Said:
@@ -97,12 +111,20 @@ class Host:
         inner = [self.request(op) for op in AFTER_BEGIN if op not in ("file", "finish") and rng.random() < 0.3]
         return [self.request("begin"), *inner, *files, self.request("finish")]
 
+    def installation(self) -> list[Said]:
+        said = [self.request(op) for op in ("install-begin", *AFTER_INSTALL_BEGIN)]
+        said[1] = self.request("wheel", name=self.values["files"][0][0], offset=0, size=len(WHEEL))
+        said[1].body = WHEEL
+        return said
+
     def conversation(self, rng: random.Random) -> list[Said]:
-        """A push, or some of the requests that stand alone."""
-        if rng.random() < 0.7:
+        """A push, an installation, or some of the requests that stand alone."""
+        kind = rng.random()
+        if kind < 0.6:
             return self.push(rng)
-        alone = [op for op in FIELDS if op not in ("begin", *AFTER_BEGIN)]
-        return [self.request(rng.choice(alone)) for _ in range(rng.choice((1, 1, 2, 4)))]
+        if kind < 0.7:
+            return self.installation()
+        return [self.request(rng.choice(ALONE)) for _ in range(rng.choice((1, 1, 2, 4)))]
 
 
 def plainest(kinds: Sequence[type]) -> Any:
@@ -142,11 +164,29 @@ def odd_value(name: str, now: Any, rng: random.Random) -> Any:
     """Mostly of the type that is there."""
     if rng.random() < 0.15:
         return rng.choice((*ODD_NUMBERS, *ODD_TEXTS, *ODD_OTHERS))
+    if isinstance(now, list):
+        return odd_list(now, rng)
     numbers = isinstance(now, (int, float)) and not isinstance(now, bool)
     value = rng.choice(ODD_NUMBERS if numbers else ODD_TEXTS)
     if name == "size" and isinstance(now, int) and rng.random() < 0.5:
         return max(0, now + rng.choice((-1, 1, -now, 1000)))
     return value
+
+
+def odd_list(now: list[Any], rng: random.Random) -> list[Any]:
+    """Its items replaced, repeated or gone, or an item of an item replaced."""
+    copy = json.loads(json.dumps(now))
+    place = rng.randrange(len(copy) + 1)
+    kind = rng.randrange(4)
+    if kind == 0:
+        return [*copy, *copy]
+    if kind == 1 or place == len(copy):
+        return [*copy, rng.choice((*ODD_NUMBERS, *ODD_TEXTS, *ODD_OTHERS))]
+    if kind == 2 and isinstance(copy[place], list):
+        copy[place][rng.randrange(len(copy[place]))] = rng.choice((*ODD_NUMBERS, *ODD_TEXTS))
+        return copy
+    del copy[place]
+    return copy
 
 
 def double(request: dict[str, Any], name: str, rng: random.Random) -> bytes:
@@ -260,12 +300,12 @@ def planted(host: Host, rng: random.Random) -> Case:
     """A push into a store in which links, pipes or folders lie where its own files should."""
     digest, name = host.bundle.digest, host.bundle.manifest.name
     file = rng.choice([*host.bundle.manifest.files, MANIFEST_NAME])
+    release, staged = f"releases/{name}/{digest}", f"staging/{digest}"
     places = (
-        *("lock", "staging", "releases", "current", "journal", "cache", f"staging/{digest}"),
-        *(f"staging/{digest}/{file}", f"releases/{name}", f"releases/{name}/{digest}", f"releases/{name}/{digest}/{file}", f"current/{name}"),
-        *(f"staging/removed-{digest}", f"journal/{name}", "staging/x", f"current/.{name}.x"),
-        *(f"cache/{digest}.verified", f"cache/{digest}"),
-    )  # fmt: skip
+        *("lock", "staging", "releases", "current", "journal", "cache", "staging/x", f"staging/removed-{digest}"),
+        *(staged, f"{staged}/{file}", f"releases/{name}", release, f"{release}/{file}", f"journal/{name}"),
+        *(f"current/{name}", f"current/.{name}.x", f"cache/{digest}.verified", f"cache/{digest}"),
+    )
     place, kind = rng.choice(places), rng.randrange(5)
     target = rng.choice(("canary", "canary/inner", "canary/inner/file", "canary/none"))
     planted = f"{place} is {('a link to ' + target, 'a pipe', 'a folder')[max(0, kind - 2)]}"

@@ -45,8 +45,8 @@ from fuzz_conversations import ODD_JSON, Case, Host, case
 
 from edge_infer import errors
 from edge_infer.bundle import Bundle, open_bundle, verify
-from edge_infer.deploy import receiver
-from edge_infer.deploy.plan import Wish
+from edge_infer.deploy import installer, receiver
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import push
 from edge_infer.errors import BundleError, EdgeInferError
 from edge_infer.manifest import MANIFEST_MAX_BYTES, parse, seal
@@ -56,13 +56,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "docs" / "fuzzing.json", ROOT / "docs" / "fuzzing.md"
 COUNTS = {"receiver": 20_000, "manifests": 100_000}
 #: What a conversation may take: private memory over that of the start, and time.
-MEMORY_BYTES, SECONDS = 256 * 2**20, 30.0
+MEMORY_BYTES, SECONDS = 128 * 2**20, 30.0
 #: What reading a manifest may take: one of 4 MiB takes a second.
 SLOW_S = 10.0
 #: How long a silent host is waited for here; two minutes on a device.
 SILENCE_S = 0.2
 #: No error is longer.
 ERROR_BYTES = 32 * 1024
+#: How a receiver begins to say what nobody had thought of, and what it must not say then: these are our mistakes.
+UNFORESEEN = "the device cannot do that: "
+MISTAKES = ("KeyError", "TypeError", "AttributeError", "IndexError", "AssertionError", "StopIteration", "MemoryError")
 #: What a device's folder holds beside the store; files outside the store and these are nobody's to write.
 CANARY, OWN = "canary", ("store", "cwd", "home", "tmp")
 
@@ -89,7 +92,7 @@ class Device:
         self.store = self.folder / "store"
         self.old, self.host = old, Host(new, quick_python(folder))
         self.folder.mkdir()
-        push(old, Quick(self.store, self.host.values["python"]), Wish(python=self.host.values["python"]))
+        push(old, Quick(self.store, self.host.values["python"]), PushOptions(python=self.host.values["python"]))
         (self.folder / CANARY / "inner").mkdir(parents=True)
         for path in (self.folder / CANARY / "file", self.folder / CANARY / "inner" / "file"):
             path.write_bytes(b"mine")
@@ -142,7 +145,7 @@ def talk(folder: Path, case: Case) -> Outcome:
             try:
                 for number, descriptor in enumerate((asked[0], files["told"].fileno(), files["words"].fileno())):
                     os.dup2(descriptor, number)
-                be_the_receiver(folder, files["wrote"].fileno())
+                be_the_receiver(folder, files["wrote"].fileno(), b'"install-' in case.data)
             finally:
                 os._exit(9)  # a second copy of the caller must not go on
         status, usage = wait(child)
@@ -187,18 +190,18 @@ def wait(child: int) -> tuple[int | None, int]:
     return (os.waitstatus_to_exitcode(status) if ready else None), usage.ru_maxrss * 1024
 
 
-def be_the_receiver(folder: Path, wrote: int) -> None:
-    """In a child: limits, then the receiver on descriptors 0 to 2. Never returns."""
+def be_the_receiver(folder: Path, wrote: int, installs: bool) -> None:
+    """In a child: limits, then the receiver, or the one that ``installs``, on descriptors 0 to 2. Never returns."""
     os.environ.update(EDGE_INFER_HOME=str(folder / "store"), HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
     tempfile.tempdir = None
     os.chdir(folder / "cwd" / "a" / "b")
-    receiver.SILENCE_S = SILENCE_S
+    receiver.SILENCE_S = installer.SILENCE_S = SILENCE_S
     limit_memory()
     watch_writes([folder / name for name in OWN], wrote)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     status = 0
     try:
-        receiver.main()
+        (installer if installs else receiver).main()
     except BaseException:
         import traceback
 
@@ -278,6 +281,9 @@ def _line(line: bytes, last: bool) -> str:
         return f"neither ok nor an error: {line[:100]!r}"
     if "ok" in value:
         return ""
+    for kind in MISTAKES:
+        if f"{UNFORESEEN}{kind}(" in value["error"]["message"]:
+            return str(value["error"]["message"])[:200]
     if len(line) > ERROR_BYTES:
         return f"an error of {len(line)} bytes"
     if not last:
@@ -292,7 +298,9 @@ def called(outcome: Outcome) -> str:
     """How a conversation that nothing is wrong with went."""
     lines = outcome.said.splitlines()
     if lines and b'"error"' in lines[-1][:12]:
-        return f"refused: {json.loads(lines[-1])['error']['type']}"
+        error = json.loads(lines[-1])["error"]
+        unforeseen = error["message"].startswith(UNFORESEEN)
+        return "refused: unforeseen" if unforeseen else f"refused: {error['type']}"
     return "answered" if lines else "said nothing"
 
 

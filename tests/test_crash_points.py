@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from edge_infer.bundle import Bundle
-from edge_infer.deploy.plan import Wish
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import push
 from edge_infer.errors import DeviceError
 
@@ -103,7 +103,7 @@ def test_the_forked_receiver_is_a_receiver(crash: Any, workshop: Any, tmp_path: 
     """The one that takes the push after a power cut: it refuses what the real one refuses."""
     device = crash.Quick(tmp_path / "store", "/no/python")
     with pytest.raises(DeviceError, match="cannot start /no/python"):
-        push(workshop.bundles.new, device, Wish(python="/no/python"))
+        push(workshop.bundles.new, device, PushOptions(python="/no/python"))
 
 
 # -- the model of a disk -----------------------------------------------------------------------------------------------

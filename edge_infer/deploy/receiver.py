@@ -39,7 +39,7 @@ from edge_infer.deploy.incoming import Incoming, known_digests
 from edge_infer.deploy.signers import trust_request
 from edge_infer.deploy.trial import wait_for_health
 from edge_infer.errors import DeviceError, EdgeInferError, SelfTestFailed
-from edge_infer.manifest import parse
+from edge_infer.manifest import parse, read_json
 from edge_infer.store import Store, default_root
 from edge_infer.trust import Signed
 
@@ -132,9 +132,11 @@ class Receiver:
         if not line:
             return None
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            raise DeviceError("the host sent a line that is not JSON; use the same edge-infer on both ends") from None
+            value = read_json(line)
+        except (ValueError, RecursionError) as error:
+            raise DeviceError(
+                f"the host sent a line that is not JSON ({error}); use the same edge-infer on both ends"
+            ) from None
         op = value.get("op") if isinstance(value, dict) else None
         if not isinstance(op, str) or op not in self.requests:
             raise DeviceError("the host asked for something this receiver does not know")
