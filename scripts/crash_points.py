@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,11 +42,12 @@ import pages
 from crash_device import Killed, Quick, Watched, quick_python
 from crash_disk import WAYS, Disk, Said, Synced, Tree, key_of, put_down, tree_of
 
-from edge_infer import pointer
+from edge_infer import pointer, trust
 from edge_infer.admission import self_test
 from edge_infer.bundle import Bundle, describe_files, open_bundle, verify, write_bundle
 from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import collect, confirm, measuring, push, rollback
+from edge_infer.deploy.signing import sign
 from edge_infer.errors import EdgeInferError, ReleaseNotFound
 from edge_infer.store import Store
 
@@ -65,13 +67,16 @@ LOAD = f"from edge_infer.store import Store, default_root; Store(default_root())
 @dataclass(frozen=True)
 class Bundles:
     """``old`` and ``new`` have different files; ``renamed`` has those of ``old`` under another version; ``wrong``
-    answers its golden questions wrongly."""
+    answers its golden questions wrongly. Two are signed as well, by whom ``signers`` names."""
 
     old: Bundle
     new: Bundle
     renamed: Bundle
     wrong: Bundle
     bystander: Bundle
+    signed_old: Bundle
+    signed_new: Bundle
+    signers: str
 
     def digest(self, name: str) -> str | None:
         return None if name == "none" else getattr(self, name).digest
@@ -79,13 +84,24 @@ class Bundles:
 
 def make_bundles(old: Bundle, new: Bundle, folder: Path) -> Bundles:
     """The others, from two of the same model."""
+    key = folder / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     return Bundles(
         old,
         new,
         rewritten(old, folder / "renamed.edge", version="2"),
         rewritten(new, folder / "wrong.edge", spoil_answers),
         rewritten(old, folder / "bystander.edge", name=BYSTANDER),
+        signed(old, folder / "signed-old.edge", key, 1),
+        signed(new, folder / "signed-new.edge", key, 2),
+        f"somebody {key.with_suffix('.pub').read_text()}",
     )
+
+
+def signed(bundle: Bundle, path: Path, key: Path, serial: int) -> Bundle:
+    copy = rewritten(bundle, path)
+    sign(copy, key, serial)
+    return copy
 
 
 def rewritten(
@@ -176,6 +192,11 @@ def waits(device: Device, bundles: Bundles) -> None:
     time.sleep(2.1)
 
 
+def believes(device: Device, bundles: Bundles) -> None:
+    """From now on the device takes only what is signed."""
+    (device.store / trust.KEYS_NAME).write_text(bundles.signers)
+
+
 def leaves_half(device: Device, bundles: Bundles) -> None:
     """What a push of ``new`` that broke off leaves: files that are whole, in part and not there."""
     staged = device.store / "staging" / bundles.new.digest
@@ -249,6 +270,14 @@ SCENARIOS = {
             ("old", "renamed"),
             ("renamed",),
             "renamed",
+        ),
+        Scenario(
+            "signed push over a signed release",
+            (pushes("bystander"), believes, pushes("signed_old")),
+            (pushes("signed_new"),),
+            ("old", "new"),
+            ("new",),
+            "signed_new",
         ),
         Scenario("push of what is there", BOTH, (pushes("new"),), ("new",), ("new",)),
         Scenario("push of a third release", BOTH, (pushes("renamed"),), ("new", "renamed"), ("renamed",), "renamed"),
@@ -388,7 +417,7 @@ class Workshop:
         return ""
 
     def _called(self, digest: str | None) -> str:
-        names = [item.name for item in dataclasses.fields(Bundles) if self.bundles.digest(item.name) == digest]
+        names = [name for name in ("old", "new", "renamed", "wrong") if self.bundles.digest(name) == digest]
         return names[0] if names else "none" if digest is None else digest[:12]
 
     def _takes_a_push(self, store: Path, bundle: Bundle) -> str:
@@ -411,6 +440,8 @@ def sound(store: Store, name: str) -> str | None:
     except ReleaseNotFound:
         return None
     verify(bundle, mode="full")
+    if name == NAME:
+        trust.require_signed(bundle)
     return bundle.digest
 
 
@@ -490,8 +521,8 @@ def power_cuts(
 #: A receiver that dies while others hold on to what it began: each is killed at each of its calls.
 KILLED = (
     "push to an empty store", "push over an older release", "push that goes on", "push with files of another release",
-    "failed golden gate", "measured and thrown away", "rollback", "collection", "push on trial", "confirmation",
-    "push with a health command",
+    "signed push over a signed release", "failed golden gate", "measured and thrown away", "rollback", "collection",
+    "push on trial", "confirmation", "push with a health command",
 )  # fmt: skip
 #: And these on a file system of their own, which is shut down right after that.
 ON_EXT4 = ("push to an empty store", "push over an older release", "rollback")

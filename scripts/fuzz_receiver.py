@@ -4,8 +4,8 @@
     python scripts/fuzz_receiver.py [--parts receiver manifests] [--count NUMBER] [--seed 1] [--only NUMBER] [--docs]
 
 Conversations (fuzz_conversations.py) are held by the real receiver in a forked child with limits of time and private
-memory, on a store that has one release. Failed is: an answer that is not a line of JSON, more than one error or
-anything after it, an error of a type that edge_infer has not or without a word, a word on standard error, a status
+memory (128 MiB), on a store that has one release. Failed is: an answer that is not a line of JSON, more than one error
+or anything after it, an error of a type that edge_infer has not or without a word, a word on standard error, a status
 other than 0, a crash, a hang, a lack of memory; a file written, made, renamed or removed outside the store; a store
 that does not serve a sound release, or stays locked, afterwards.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import json
 import mmap
 import os
@@ -54,7 +55,7 @@ from edge_infer.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "docs" / "fuzzing.json", ROOT / "docs" / "fuzzing.md"
-COUNTS = {"receiver": 20_000, "manifests": 100_000}
+COUNTS = {"receiver": 10_000, "manifests": 100_000}
 #: What a conversation may take: private memory over that of the start, and time.
 MEMORY_BYTES, SECONDS = 128 * 2**20, 30.0
 #: What reading a manifest may take: one of 4 MiB takes a second.
@@ -195,6 +196,7 @@ def be_the_receiver(folder: Path, wrote: int, installs: bool) -> None:
     os.environ.update(EDGE_INFER_HOME=str(folder / "store"), HOME=str(folder / "home"), TMPDIR=str(folder / "tmp"))
     tempfile.tempdir = None
     os.chdir(folder / "cwd" / "a" / "b")
+    faulthandler.disable()
     receiver.SILENCE_S = installer.SILENCE_S = SILENCE_S
     limit_memory()
     watch_writes([folder / name for name in OWN], wrote)
@@ -227,7 +229,7 @@ CHANGES = {
 
 
 def watch_writes(own: Sequence[Path], wrote: int) -> None:
-    """Write to the descriptor ``wrote`` what this process changes outside the folders ``own``, wherever it is."""
+    """Let this process change nothing outside the folders ``own``, and write what it tried to ``wrote``."""
     allowed = tuple(str(path) for path in own)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -245,6 +247,7 @@ def watch_writes(own: Sequence[Path], wrote: int) -> None:
                 where = os.path.realpath(where)
             if where != "/dev/null" and not any(where == root or where.startswith(root + "/") for root in allowed):
                 os.write(wrote, f"{event} {where}\n".encode("utf-8", "replace"))
+                raise PermissionError(f"{where} is outside the store")
 
     sys.addaudithook(watch)
 

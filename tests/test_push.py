@@ -466,10 +466,11 @@ def test_the_application_may_confirm_while_the_health_command_runs(device, onnx)
 
 def test_a_host_that_says_nothing_lets_go_of_the_store(local, onnx, monkeypatch):
     main = "sys.modules[{main!r}].main()"
-    short = 'sys.modules["edge_infer.deploy.receiver"].SILENCE_S = 0.5'
+    short = main.replace("main()", "SILENCE_S = 0.5")
+    assert main in conversation.LOADER
     with monkeypatch.context() as patch:
         patch.setattr(conversation, "LOADER", conversation.LOADER.replace(main, f"{short}\n{main}"))
-        patch.setattr(conversation, "payload", conversation.payload.__wrapped__)  # not the one kept
+        patch.setattr(conversation, "payload", conversation.payload.__wrapped__)  # not the one that is kept
         silent = Conversation(local.transport())
     with silent:
         silent.ask("begin", **beginning(onnx))
