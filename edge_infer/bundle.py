@@ -183,11 +183,15 @@ def _write_stamp(path: Path, rows: Dict[str, List[int]]) -> None:
         pass  # a read-only or full disk costs a hash at the next load, nothing else
 
 
-def replace_file(path: Path, data: bytes, durable: bool = True) -> None:
-    """Write ``path`` aside and rename it into place; durably also syncs the file and the directory."""
+def replace_file(path: Path, data: bytes, durable: bool = True, aside: Optional[Path] = None) -> None:
+    """Write ``path`` aside and rename it into place; durably also syncs the file and the directory.
+
+    ``aside`` is a folder on the same file system for what is being written (default: that of ``path``): a process that
+    is killed leaves it there.
+    """
     import tempfile  # here, since its import takes longer than opening a bundle
 
-    descriptor, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=str(aside or path.parent), prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             # mkstemp lets nobody else read: the user who pushes and the one who runs models may differ.
@@ -201,7 +205,8 @@ def replace_file(path: Path, data: bytes, durable: bool = True) -> None:
         os.unlink(temporary)
         raise
     if durable:
-        sync_directory(path.parent)
+        for folder in {path.parent, aside or path.parent}:
+            sync_directory(folder)
 
 
 def sync_directory(path: Path) -> None:

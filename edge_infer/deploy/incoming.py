@@ -146,7 +146,10 @@ class Incoming(Arrivals):
         """Give the release that is here already the signature which came now."""
         path = self.store.release(self.manifest.name, self.digest) / SIGNATURE_NAME
         if self.signature is not None and not (path.exists() and path.read_bytes() == self.signature):
-            replace_file(path, self.signature)
+            # Not written aside within the release: what a kill left there would make it no bundle any more.
+            aside = self.store.root / "staging"
+            aside.mkdir(exist_ok=True)
+            replace_file(path, self.signature, aside=aside)
 
     def _remove_damaged(self, staged: Path) -> None:
         wanted = self.files
