@@ -31,9 +31,9 @@ class PushOptions:
     another push to end. ``timeout_s``: for the self-test. ``tune``: measure how the model runs fastest before it
     serves. ``confirm_within_s``: it serves on trial until it is confirmed, for so long. ``health``: a shell command
     there that confirms it by succeeding, within 60 s where nothing else is said. ``allow_older``: a signed bundle may
-    have a smaller serial than one that was in use there. ``delta``: send what changed since an older release, where that
-    is less: of small files ("auto"), of all files ("all"), "never", or "only" that and nothing else. ``base``: the
-    bundle of that older release, where this machine did not push it.
+    have a smaller serial than one that was in use there. ``delta``: send what changed since an older release,
+    where that is less: of small files ("auto"), of all files ("all"), "never", or "only" that and nothing else.
+    ``base``: the bundle of that older release, where this machine did not push it.
     """
 
     python: str | None = None
