@@ -154,7 +154,7 @@ class Store:
                     raise ReleaseNotFound("its only release was not confirmed in time; push it again")
                 row.update(digest=pointer.digests[0], previous=list(pointer.digests[1:]))
                 if pointer.pending:
-                    row["pending_s"] = round(pointer.pending.left_s())
+                    row["pending_s"] = int(pointer.pending.left_s())
                 manifest = self._open_release(name, pointer.digests[0]).manifest
             except (BundleError, ReleaseNotFound) as error:
                 row["error"] = str(error)

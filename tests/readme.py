@@ -16,6 +16,8 @@ from pathlib import Path
 
 from sshd import SshServer
 
+from edge_infer.deploy.conversation import myself
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -27,9 +29,6 @@ class Tour:
 
     def __init__(self, folder: Path) -> None:
         self.store = folder / "kitchen"
-        self.store.mkdir()
-        # A device's environment: the built wheel and one engine.
-        (self.store / "venv").symlink_to(ROOT / "build" / "device-tflite")
         self.server = SshServer(folder / "sshd", alias="kitchen", options=[f"SetEnv EDGE_INFER_HOME={self.store}"])
         self.home = folder / "home"
 
@@ -37,6 +36,9 @@ class Tour:
         self.server.start()
         (self.home / ".ssh").mkdir(parents=True)
         shutil.copy(self.server.ssh_config, self.home / ".ssh" / "config")
+        # What pip would download: scripts/test has.
+        (self.home / ".edge-infer").mkdir()
+        (self.home / ".edge-infer" / "wheelhouse").symlink_to(ROOT / "build" / "wheelhouse")
         shutil.rmtree(ROOT / "build" / "tour", ignore_errors=True)
         return self
 
@@ -71,7 +73,7 @@ class Tour:
     def _anonymous(self, text: str) -> str:
         """The paths of this run as a reader would have them."""
         text = text.replace(str(self.store), "/home/me/.edge-infer").replace(str(ROOT) + "/", "")
-        return text.replace(str(self.home), "/home/me")
+        return text.replace(str(self.home), "/home/me").replace(myself(), "me@laptop")
 
 
 def run_block(tour: Tour, block: str) -> str:
@@ -94,6 +96,7 @@ def section(name: str, text: str) -> str:
 
 def masked(text: str) -> str:
     """Output without what differs from run to run: numbers and their units, hashes, alignment."""
+    text = re.sub(r"SHA256:[A-Za-z0-9+/]{43}", "KEY", text)
     text = re.sub(r"\b[0-9a-f]{12,64}\b", "HASH", text)
     text = re.sub(r"\d[\d.,]*(e-\d+)? ?([KMG]?B|ms|µs)?\b", "N", text)
     return re.sub(r"[ \t]+", " ", text)

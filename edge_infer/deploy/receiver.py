@@ -235,7 +235,7 @@ class Receiver:
             "tuned": tuned,
             "freed": freed,
             "digest": digest,
-            "pending_s": round(pending.left_s()) if pending else None,
+            "pending_s": int(pending.left_s()) if pending else None,
         }
 
     def _self_test(self, timeout_s: float) -> Dict[str, Any]:
