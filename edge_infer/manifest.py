@@ -29,8 +29,8 @@ MANIFEST_MAX_BYTES = 4 * 1024 * 1024
 
 #: Each value of a JSON text takes some hundred bytes of memory, of which a board has little.
 MOST_VALUES = 500_000
-#: A count of bytes has 19 digits. Python before 3.11 needs hours for a number of megabytes.
-INT_DIGITS = 20
+#: More than any number that means something has. Python before 3.11 needs hours for one of megabytes.
+INT_DIGITS = 1000
 
 FORMATS = ("tflite", "onnx", "torchscript")
 PRECISIONS = (

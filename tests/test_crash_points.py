@@ -24,7 +24,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CUT = (
     "first push after one killed at the store's making",
     "push after one killed at the release's rename",
-    "push with files of another release",
+    "another signature for what is there",
     "rollback",
     "trial that is not confirmed",
 )
@@ -90,6 +90,15 @@ def test_what_is_wrong_with_a_store_is_said(crash: Any, workshop: Any, tmp_path:
     assert "there is no bundle" in problem("gone", lambda store: (store / release).rename(store / "elsewhere"))
     assert "no digests" in problem("pointer", lambda store: (store / "current" / "digits").write_bytes(b""))
     assert "is gone" in problem("beside", lambda store: (store / "current" / "bystander").unlink())
+
+
+def test_a_copy_that_a_power_cut_emptied_is_made_again(crash: Any, workshop: Any, tmp_path: Path) -> None:
+    store = workshop.begin(crash.SCENARIOS["push with files of another release"], tmp_path / "emptied")
+    staged = store / "staging" / workshop.bundles.renamed.digest
+    staged.mkdir(parents=True)
+    for name, entry in workshop.bundles.renamed.manifest.files.items():
+        (staged / name).write_bytes(bytes(entry.size))
+    assert workshop.problem(store, [workshop.bundles.digest("old")], "renamed", engine=False) == ""
 
 
 def test_a_lock_that_stays_is_said(crash: Any, workshop: Any, tmp_path: Path) -> None:
