@@ -33,6 +33,9 @@ RANDOM = 0.99
 BYTE_KINDS = [kind for kind, (width, _) in delta.DIFFERENCES.items() if width == 1]
 WIDE_KINDS = {width: kind for kind, (width, _) in delta.DIFFERENCES.items() if width > 1}
 
+#: What lies between tensors is compared in so many steps, of which so many at once, to keep memory flat.
+CELLS, CELLS_AT_ONCE = 2**20, 2**14
+
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -157,12 +160,7 @@ def _gap(old: Bytes, new: Bytes, span: tuple[int, int], old_start: int, old_end:
         return
     after = max(0, min(size, len(old) - old_start))
     before = max(0, min(size, old_end))
-    forward, backward = np.zeros(size + 1, np.int64), np.zeros(size + 1, np.int64)
-    np.cumsum(new[start : start + after] == old[old_start : old_start + after], out=forward[1 : after + 1])
-    forward[after + 1 :] = forward[after]
-    np.cumsum((new[end - before : end] == old[old_end - before : old_end])[::-1], out=backward[1 : before + 1])
-    backward[before + 1 :] = backward[before]
-    split = int(np.argmax(forward + backward[::-1]))
+    split = _split(new[start:end], old, old_start, old_end - size)
     # Where there is no more to compare with, bytes are new.
     parts = ((start, min(split, after), old_start), (end - min(size - split, before), min(size - split, before), 0))
     position = start
@@ -172,6 +170,27 @@ def _gap(old: Bytes, new: Bytes, span: tuple[int, int], old_start: int, old_end:
         if length:
             yield _Piece(begin, length, old_end - length if number else offset)
         position = max(position, begin + length)
+
+
+def _split(new: Bytes, old: Bytes, forward: int, backward: int) -> int:
+    """Where in ``new`` to turn from comparing with ``old`` at the offset ``forward`` to ``backward``, for most equal
+    bytes; of long ones to a millionth."""
+    step = -(-len(new) // CELLS)
+    gained = _equal(new, old, forward, step) - _equal(new, old, backward, step)
+    return min(len(new), step * int(np.argmax(np.concatenate([[0], np.cumsum(gained)]))))
+
+
+def _equal(new: Bytes, old: Bytes, offset: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many bytes in each ``step`` of ``new`` are those of ``old`` at the same place behind ``offset``."""
+    found = []
+    for begin in range(0, len(new), step * CELLS_AT_ONCE):
+        equal = np.zeros(min(step * CELLS_AT_ONCE, len(new) - begin), np.bool_)
+        first = min(len(equal), max(0, -offset - begin))
+        last = max(first, min(len(equal), len(old) - offset - begin))
+        there = old[offset + begin + first : offset + begin + last]
+        equal[first:last] = new[begin + first : begin + last] == there
+        found.append(np.add.reduceat(equal, np.arange(0, len(equal), step), dtype=np.int64))
+    return np.concatenate(found)
 
 
 def _blocks(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -205,11 +224,11 @@ class _Packer:
 
     def block(self, old: Bytes, new: Bytes, cut: Sequence[_Piece]) -> bytes:
         pieces = [_decided(piece, old, new) for piece in cut]
-        numbers = [piece for piece in pieces if piece.kind in BYTE_KINDS and piece.tensor]
+        numbers = [piece for piece in pieces if _is_byte_tensor(piece)]
         if numbers:
             differences = _differences(numbers, old, new)
             chosen = min(BYTE_KINDS, key=lambda kind: self._estimate(kind, differences))
-            pieces = [replace(piece, kind=chosen) if piece in numbers else piece for piece in pieces]
+            pieces = [replace(piece, kind=chosen) if _is_byte_tensor(piece) else piece for piece in pieces]
         pieces = _merged(pieces)
         streams = [_recipe(pieces)]
         for kind in sorted({piece.kind for piece in pieces} - {delta.SAME}):
@@ -245,6 +264,10 @@ class _Packer:
                 yield delta.DEFLATE, _deflate(data, strategy)
         if "lzma" in self._codecs:
             yield delta.LZMA2, lzma.compress(data, lzma.FORMAT_RAW, filters=delta.lzma_filters())
+
+
+def _is_byte_tensor(piece: _Piece) -> bool:
+    return piece.tensor and piece.kind in BYTE_KINDS
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:
