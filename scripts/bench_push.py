@@ -46,6 +46,7 @@ from link import LinkProcess
 from sshd import SshServer
 
 from edge_infer.bundle import Bundle, open_bundle
+from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import push
 from edge_infer.deploy.ssh import SshTransport
 
@@ -81,7 +82,7 @@ class Course:
     def _push(self, bundle: Bundle) -> Figures:
         begin = time.monotonic_ns()
         with contextlib.closing(SshTransport(self.server.alias, ssh_config=self.config)) as transport:
-            push(open_bundle(bundle.path), transport, python=sys.executable)
+            push(open_bundle(bundle.path), transport, PushOptions(python=sys.executable))
         whole_s = (time.monotonic_ns() - begin) / 1e9
         arrived_s = (self.link.counts()["bulk_ns"] - begin) / 1e9
         return {"whole_s": whole_s, "transfer_s": arrived_s + self.delay_s}
@@ -157,7 +158,10 @@ def courses(folder: Path, round_trips_ms: list[int]) -> Iterator[dict[int, Cours
     """By round trip in ms."""
     store = folder / "device"
     with contextlib.ExitStack() as stack:
-        options = [f"SetEnv EDGE_INFER_HOME={store / 'store'}"]
+        # A plain account: what this machine's own start-up files take would be in every figure.
+        home = folder / "home"
+        home.mkdir()
+        options = [f"SetEnv HOME={home} PATH=/usr/bin:/bin EDGE_INFER_HOME={store / 'store'}"]
         server = stack.enter_context(SshServer(folder / "sshd", options=options))
         yield {
             ms: Course(server, stack.enter_context(LinkProcess(server.port, delay_s=ms / 2e3)), ms / 2e3, store)

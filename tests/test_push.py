@@ -337,7 +337,7 @@ def test_a_damaged_bundle_never_leaves_the_host(local, onnx, tmp_path):
         file.write(b"\xff")
     with pytest.raises(EdgeInferError, match="SHA-256") as caught:
         local.push(open_bundle(copy))
-    assert caught.value.exit_status == 4 and not local.store.exists()
+    assert caught.value.exit_status == 4 and not (local.store / "staging").exists()
 
 
 def test_two_pushes_at_once(local, onnx, onnx_int8):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,10 +57,11 @@ def push(
     device refuses; in all cases it goes on with the release it had.
     """
     options = options or PushOptions()
-    verify(bundle, mode="full")
     progress("asking the device")
-    with Conversation(transport, options.store) as device:
+    with ThreadPoolExecutor(1) as beside, Conversation(transport, options.store) as device:
+        verified = beside.submit(verify, bundle, mode="full")  # while the device starts the receiver
         answer, steps = _begin(device, bundle, options)
+        verified.result()
         differences = deltas.find_deltas(bundle, transport.address, answer, steps, options, progress)
         if differences:
             steps = _plan(bundle, answer, options, differences)

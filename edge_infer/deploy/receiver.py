@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import signal
@@ -45,6 +46,8 @@ from edge_infer.trust import Signed
 
 #: A request line may hold a whole manifest.
 MAX_LINE_BYTES = 16 * 1024 * 1024
+#: The SSH server writes to a pipe, of 64 KiB by default: a larger one wakes both ends less often.
+F_SETPIPE_SZ, PIPE_BYTES = 1031, 1024 * 1024
 #: Tuning takes some 20 children of half a second each, and the time it takes a board to import an engine so often.
 TUNE_S = 900.0
 #: A host that lost its power says no goodbye; its push must not keep the store from others.
@@ -358,4 +361,6 @@ class Patient:
 
 
 def main() -> None:
+    with contextlib.suppress(OSError):  # where it is no pipe, or pipes may not be so large
+        fcntl.fcntl(sys.stdin.fileno(), F_SETPIPE_SZ, PIPE_BYTES)
     Receiver(Patient(sys.stdin.buffer, SILENCE_S), sys.stdout.buffer).serve()
