@@ -469,7 +469,10 @@ def _size_of(path: Path) -> int:
 def _remove_folder(path: Path) -> None:
     import shutil  # it brings four kinds of compression, which no load needs
 
-    shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(str(path)):
+        path.unlink()  # rmtree waits for ever at a pipe
 
 
 def store_of(path: Path) -> Optional[Store]:

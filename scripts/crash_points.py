@@ -67,7 +67,8 @@ LOAD = f"from edge_infer.store import Store, default_root; Store(default_root())
 @dataclass(frozen=True)
 class Bundles:
     """``old`` and ``new`` have different files; ``renamed`` has those of ``old`` under another version; ``wrong``
-    answers its golden questions wrongly. Two are signed as well, the old one twice, by whom ``signers`` names."""
+    answers its golden questions wrongly; ``nudged`` has the weights of ``new``, some of them a little changed. Two are
+    signed as well, the old one twice, by whom ``signers`` names."""
 
     old: Bundle
     new: Bundle
@@ -77,6 +78,7 @@ class Bundles:
     signed_old: Bundle
     signed_new: Bundle
     signed_again: Bundle
+    nudged: Bundle
     signers: str
 
     def digest(self, name: str) -> str | None:
@@ -96,6 +98,7 @@ def make_bundles(old: Bundle, new: Bundle, folder: Path) -> Bundles:
         signed(old, folder / "signed-old.edge", key, 1),
         signed(new, folder / "signed-new.edge", key, 2),
         signed(old, folder / "signed-again.edge", key, 3),
+        rewritten(new, folder / "nudged.edge", nudge, version="3"),
         f"somebody {key.with_suffix('.pub').read_text()}",
     )
 
@@ -129,6 +132,14 @@ def spoil_answers(folder: Path) -> None:
     write_npz(folder / "golden.npz", arrays)
 
 
+def nudge(folder: Path) -> None:
+    """As training moves weights: the lowest bit of a thousand of them, which no answer shows."""
+    data = bytearray((folder / "weights.bin").read_bytes())
+    for place in range(0, 4000, 4):
+        data[place] ^= 1
+    (folder / "weights.bin").write_bytes(data)
+
+
 # -- scenarios ---------------------------------------------------------------------------------------------------------
 
 Device = Watched | Quick | Killed
@@ -140,6 +151,13 @@ def pushes(name: str, **wish: object) -> Do:
         push(getattr(bundles, name), device, PushOptions(python=device.python, **wish))  # type: ignore[arg-type]
 
     return do
+
+
+def pushes_differences(device: Device, bundles: Bundles) -> None:
+    """``nudged``, as what changed since ``new``."""
+    options = PushOptions(python=device.python, delta="only", base=bundles.new)
+    if not any(step.action == "patch" for step in push(bundles.nudged, device, options).steps):
+        raise SystemExit("a push of differences sent none")
 
 
 def refused(inner: Do) -> Do:
@@ -272,6 +290,14 @@ SCENARIOS = {
             ("old", "renamed"),
             ("renamed",),
             "renamed",
+        ),
+        Scenario(
+            "push of differences",
+            BOTH,
+            (pushes_differences,),
+            ("new", "nudged"),
+            ("nudged",),
+            "nudged",
         ),
         Scenario(
             "signed push over a signed release",
@@ -427,7 +453,7 @@ class Workshop:
         return ""
 
     def _called(self, digest: str | None) -> str:
-        names = [name for name in ("old", "new", "renamed", "wrong") if self.bundles.digest(name) == digest]
+        names = [name for name in ("old", "new", "renamed", "wrong", "nudged") if self.bundles.digest(name) == digest]
         return names[0] if names else "none" if digest is None else digest[:12]
 
     def _takes_a_push(self, store: Path, bundle: Bundle) -> str:
@@ -531,8 +557,9 @@ def power_cuts(
 #: A receiver that dies while others hold on to what it began: each is killed at each of its calls.
 KILLED = (
     "push to an empty store", "push over an older release", "push that goes on", "push with files of another release",
-    "signed push over a signed release", "another signature for what is there", "failed golden gate",
-    "measured and thrown away", "rollback", "collection", "push on trial", "confirmation", "push with a health command",
+    "push of differences", "signed push over a signed release", "another signature for what is there",
+    "failed golden gate", "measured and thrown away", "rollback", "collection", "push on trial", "confirmation",
+    "push with a health command",
 )  # fmt: skip
 #: And these on a file system of their own, which is shut down right after that.
 ON_EXT4 = ("push to an empty store", "push over an older release", "rollback")
@@ -698,6 +725,7 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch,
         tempfile.TemporaryDirectory() as folder,
+        environment(EDGE_INFER_CACHE=f"{scratch}/cache"),  # where a host keeps what it has pushed
     ):
         workshop = Workshop(Path(scratch).resolve(), make_bundles(old, new, Path(scratch)))
         report, torn = run(workshop, args, Path(folder))

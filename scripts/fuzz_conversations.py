@@ -75,15 +75,16 @@ class Case:
 
 
 class Host:
-    """Says what a host says to push ``bundle`` over ``name``, which the store has."""
+    """Says what a host says to push ``bundle`` to a device that has ``old``. ``deltas`` make some of its files."""
 
-    def __init__(self, bundle: Bundle, python: str) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, old: Bundle, deltas: dict[str, bytes], python: str) -> None:
+        self.bundle, self.deltas = bundle, deltas
         self.values: dict[str, Any] = {
             "manifest": bundle.manifest.to_bytes().decode(),
             "python": python,
             "who": "somebody@somewhere",
             "name": bundle.manifest.name,
+            "base": old.digest,
             "wait_s": 0.0,
             "timeout_s": 20.0,
             "keep": 2,
@@ -102,14 +103,19 @@ class Host:
         return Said({"op": op, "store": None, **fields, **values})
 
     def push(self, rng: random.Random) -> list[Said]:
-        files = [
-            self.request("file", name=name, offset=0, size=entry.size)
-            for name, entry in self.bundle.manifest.files.items()
-        ]
-        for said in files:
-            said.body = self.bundle.file(said.request["name"]).read_bytes()
-        inner = [self.request(op) for op in AFTER_BEGIN if op not in ("file", "finish") and rng.random() < 0.3]
+        files = [self.file(name, rng) for name in self.bundle.manifest.files]
+        without_bytes = [op for op in AFTER_BEGIN if "size" not in FIELDS[op] and op != "finish"]
+        inner = [self.request(op) for op in without_bytes if rng.random() < 0.3]
         return [self.request("begin"), *inner, *files, self.request("finish")]
+
+    def file(self, name: str, rng: random.Random) -> Said:
+        """A file, or what makes it of an older one."""
+        op, body = "file", self.bundle.file(name).read_bytes()
+        if name in self.deltas and rng.random() < 0.4:
+            op, body = "delta", self.deltas[name]
+        said = self.request(op, name=name, offset=0, size=len(body))
+        said.body = body
+        return said
 
     def installation(self) -> list[Said]:
         said = [self.request(op) for op in ("install-begin", *AFTER_INSTALL_BEGIN)]
@@ -305,6 +311,7 @@ def planted(host: Host, rng: random.Random) -> Case:
     release, staged = f"releases/{name}/{digest}", f"staging/{digest}"
     places = (
         *("lock", "staging", "releases", "current", "journal", "cache", "staging/x", f"staging/removed-{digest}"),
+        *(f"{staged}.deltas", f"{staged}.deltas/{file}"),
         *(staged, f"{staged}/{file}", f"releases/{name}", release, f"{release}/{file}", f"journal/{name}"),
         *(f"current/{name}", f"current/.{name}.x", f"cache/{digest}.verified", f"cache/{digest}"),
     )

@@ -41,12 +41,14 @@ import mutations
 import pages
 from crash_device import Quick, quick_python
 from crash_disk import Tree, put_down, tree_of
-from crash_points import digits, in_memory, rewritten
+from crash_points import digits, environment, in_memory, rewritten
 from fuzz_conversations import ODD_JSON, Case, Host, case
 
 from edge_infer import errors
 from edge_infer.bundle import Bundle, open_bundle, verify
+from edge_infer.delta import codecs
 from edge_infer.deploy import installer, receiver
+from edge_infer.deploy.difference import make
 from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import push
 from edge_infer.errors import BundleError, EdgeInferError
@@ -91,7 +93,7 @@ class Device:
     def __init__(self, folder: Path, old: Bundle, new: Bundle) -> None:
         self.folder, self.new = folder / "device", new
         self.store = self.folder / "store"
-        self.old, self.host = old, Host(new, quick_python(folder))
+        self.old, self.host = old, Host(new, old, deltas_of(old, new, folder), quick_python(folder))
         self.folder.mkdir()
         push(old, Quick(self.store, self.host.values["python"]), PushOptions(python=self.host.values["python"]))
         (self.folder / CANARY / "inner").mkdir(parents=True)
@@ -133,6 +135,12 @@ class Device:
         except EdgeInferError as error:
             return f"FAILED: the store afterwards: {type(error).__name__}: {error}"
         return ""
+
+
+def deltas_of(old: Bundle, new: Bundle, folder: Path) -> dict[str, bytes]:
+    """What makes files of ``new`` from those of ``old``, by name."""
+    made = {name: make(old, new, name, codecs(), folder / f"{name}.delta") for name in new.manifest.files}
+    return {name: difference.path.read_bytes() for name, difference in made.items() if difference is not None}
 
 
 def talk(folder: Path, case: Case) -> Outcome:
@@ -431,7 +439,7 @@ def conversations(device: Device, seed: int, numbers: Sequence[int]) -> Found:
 @contextmanager
 def device(bundle: Bundle) -> Iterator[Device]:
     """A device that has an older version of ``bundle``."""
-    with tempfile.TemporaryDirectory(dir=in_memory()) as scratch:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as scratch, environment(EDGE_INFER_CACHE=f"{scratch}/cache"):
         folder = Path(scratch).resolve()
         yield Device(folder, rewritten(bundle, folder / "old.edge", version="0"), bundle)
 

@@ -105,8 +105,7 @@ class Incoming(Arrivals):
         if base not in known_digests(self.store, self.manifest.name):
             raise DeviceError(f"the host sent a delta from {base[:12]!r}, which is no release of this model here")
         self._right.discard(name)
-        self._deltas.mkdir(parents=True, exist_ok=True)
-        part, staged = self._deltas / name, self.store.staging(self.digest) / name
+        part, staged = self.store.staging(self._deltas.name) / name, self.store.staging(self.digest) / name
         _append(part, offset, size, source)
         old = open_bundle(self.store.release(self.manifest.name, base))
         _remove_file(staged)
@@ -135,7 +134,8 @@ class Incoming(Arrivals):
         _remove_file(staged / SIGNATURE_NAME)
         if self.signature is not None:
             (staged / SIGNATURE_NAME).write_bytes(self.signature)
-        shutil.rmtree(str(self._deltas), ignore_errors=True)
+        if self._deltas.is_dir():  # rmtree waits for ever at a pipe
+            shutil.rmtree(str(self._deltas), ignore_errors=True)
         try:
             self.store.admit(staged, self.manifest.name, self.digest, self._right)
         except BundleError:
