@@ -312,10 +312,13 @@ class Store:
         """
         found = self._read_pointer(name)
         now = found.settled()
-        if not now.digests or now.digests[0] != (digest or found.digests[0]):
-            what = f"the release {(digest or found.digests[0])[:12]}" if found.digests else "any release"
+        if not found.digests:
+            raise ReleaseNotFound(f"no release of {name!r} is in use, so none can be confirmed; push it first")
+        wanted = digest or found.digests[0]
+        if now.digests[:1] != (wanted,):
             raise ReleaseNotFound(
-                f"{what} of {name!r} cannot be confirmed: {self._serving(now)}; its time may be over, push it again"
+                f"the release {wanted[:12]} of {name!r} cannot be confirmed: {self._serving(now)}; its time may be "
+                "over, push it again"
             )
         if now.pending:
             self._point(name, Pointer(now.digests))
@@ -365,9 +368,14 @@ class Store:
         return older[0]
 
     def keep_only(self, name: str, keep: int) -> None:
-        """Forget all but the ``keep`` newest releases of ``name``; ``collect`` then removes them."""
+        """Forget all but the ``keep`` newest releases of ``name``; ``collect`` then removes them.
+
+        Raises ReleaseNotFound when it has none.
+        """
         self.settle(name)
         found = self._read_pointer(name)
+        if not found.digests:
+            raise ReleaseNotFound(f"no model {name!r} in the store {self.root}; `status` lists those that are there")
         if len(found.digests) > max(1, keep):
             self._point(name, Pointer(found.digests[: max(1, keep)], found.pending))
 

@@ -664,6 +664,9 @@ def test_trial_history_and_collection_by_command(device, onnx, onnx_int8, packag
     ]  # fmt: skip
     assert main(["history", address, "digits", *options]) == 0
     assert "rolled back" in capsys.readouterr().out
+    (device.store / "current" / "damaged").write_text("nothing")
+    assert main(["gc", address, "nothing", *options]) == 5
+    assert "no model 'nothing' in the store" in capsys.readouterr().err
     assert main(["gc", address, "--keep", "1", *options]) == 0
     assert "KB freed" in capsys.readouterr().out
     assert Store(device.store).digests("digits") == [onnx_int8.digest]

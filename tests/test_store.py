@@ -284,8 +284,10 @@ def test_a_release_is_not_confirmed_when_its_time_is_over_or_another_is_in_use(s
     later(monkeypatch, 62)
     with pytest.raises(ReleaseNotFound, match="its time may be over"):
         store.confirm("tiny")
-    with pytest.raises(ReleaseNotFound, match="none is in use"):
+    with pytest.raises(ReleaseNotFound, match="no release of 'other' is in use"):
         store.confirm("other")
+    with pytest.raises(ReleaseNotFound, match="no model 'other'"):
+        store.keep_only("other", 1)
 
 
 def test_a_reboot_ends_a_trial(store: Store, make: Make, monkeypatch) -> None:

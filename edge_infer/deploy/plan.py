@@ -53,7 +53,8 @@ class PushOptions:
         for name in ("wait_s", "timeout_s", "confirm_within_s"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= LONGEST_S:
-                raise UsageError(f"{name} is {value:g} seconds, expected 0 to {LONGEST_S} (a week)")
+                option = name.removesuffix("_s").replace("_", " ")
+                raise UsageError(f"the time for {option} is {value:g} s, expected 0 to {LONGEST_S} (a week)")
         if self.keep < 1:
             raise UsageError(f"keep is {self.keep}, expected at least 1: the release in use")
         if self.health is not None and self.confirm_within_s is None:

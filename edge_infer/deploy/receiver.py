@@ -39,7 +39,7 @@ from edge_infer.deploy.device import facts, serving_python
 from edge_infer.deploy.incoming import Incoming, known_digests
 from edge_infer.deploy.signers import trust_request
 from edge_infer.deploy.trial import wait_for_health
-from edge_infer.errors import DeviceError, EdgeInferError, SelfTestFailed
+from edge_infer.errors import BundleError, DeviceError, EdgeInferError, ReleaseNotFound, SelfTestFailed
 from edge_infer.manifest import parse, read_json
 from edge_infer.store import Store, default_root
 from edge_infer.trust import Signed
@@ -310,8 +310,11 @@ class Receiver:
 
     def collect(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         with self.changing(request, "a collection"):
-            for name in self.store.names() if request["name"] is None else [request["name"]]:
-                self.store.keep_only(name, request["keep"])
+            if request["name"] is not None:
+                self.store.keep_only(request["name"], request["keep"])
+            for name in self.store.names() if request["name"] is None else ():
+                with contextlib.suppress(BundleError, ReleaseNotFound):  # a damaged one keeps no other from it
+                    self.store.keep_only(name, request["keep"])
             return {"freed": self.store.collect(all_staging=True)}
 
 
