@@ -36,7 +36,7 @@ ODD_NUMBERS = (
 )
 #: Names of files and models that are none, and texts.
 ODD_TEXTS = (
-    *("", ".", "..", "/", "x", "..x", "x/../y", "../escaped", "../../escaped", "a/b", "/proc/x/y", "~", "~nobody"),
+    *("", ".", "..", "/", "x", "..x", "x/../y", "../escaped", "../../escaped", "a/b", "/proc/x/y", "~", "~0"),
     *(".hidden", "-x", "x" * 100, "x" * 101, "x" * 300, "x" * 5000, "a\x00b", "a\nb", "a\rb", "\x00", "\x1b[2J"),
     *("\u00e9", "e\u0301", "\U0001f600", "\ud800", "\udcff", "\u202e", "con", "NUL", MANIFEST_NAME, "weights.bin/"),
     *("manifest.json.", "lock", "x.edge", "/dev/null", "/dev/full", "{}", "%s%n", "$(touch x)", "0" * 64, "f" * 64),
