@@ -86,7 +86,8 @@ class Bundles:
 
 
 def make_bundles(old: Bundle, new: Bundle, folder: Path) -> Bundles:
-    """The others, from two of the same model."""
+    """The others, from two of the same model, whatever name it was packaged under."""
+    old, new = (rewritten(each, folder / f"{each.digest}.edge", name=NAME) for each in (old, new))
     key = folder / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     return Bundles(
@@ -711,9 +712,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=COLUMNS, help="all of them; ext4 with root only")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--random", type=int, default=4, dest="randoms", help="disks at random after each event")
-    parser.add_argument(
-        "--bundles", nargs=2, type=Path, metavar=("OLD", "NEW"), help="ONNX bundles of a model `digits`"
-    )
+    parser.add_argument("--bundles", nargs=2, type=Path, metavar=("OLD", "NEW"), help="ONNX bundles of one model")
     parser.add_argument("--docs", action="store_true", help="put all into docs/crash-points.json and its page")
     args = parser.parse_args()
     if args.docs and (args.parts or len(args.scenarios) < len(SCENARIOS)):
