@@ -781,6 +781,20 @@ def test_a_conversation_that_begins_badly_is_answered_with_an_error(tmp_path, li
     assert len(answers) == 1 and answers[0]["error"]["message"]
 
 
+def test_a_push_is_over_when_it_is_finished(tmp_path, onnx):
+    store, manifest = tmp_path / "store", onnx.manifest.to_bytes().decode()
+    files = [
+        part
+        for name, entry in onnx.manifest.files.items()
+        for part in ({"op": "file", "name": name, "offset": 0, "size": entry.size}, onnx.file(name).read_bytes())
+    ]
+    more = {"op": "file", "name": "weights.bin", "offset": 0, "size": 0}
+    answers = converse(store, manifest, *files, {"op": "finish", **FINISH}, more)
+    assert ["ok" in answer for answer in answers] == [True, True, False]
+    assert "came before it said which bundle" in answers[2]["error"]["message"]
+    assert Store(store).open_current("digits").digest == onnx.digest
+
+
 def test_a_link_in_the_staging_folder_is_not_followed(tmp_path, onnx):
     staged = tmp_path / "store" / "staging" / onnx.digest
     staged.mkdir(parents=True)

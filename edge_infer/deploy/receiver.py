@@ -233,6 +233,7 @@ class Receiver:
             self.locked.close()  # so that the application may confirm by itself meanwhile
             wait_for_health(self.store, name, digest, request["health"])
         pending = self.store.pointer(name).pending
+        self.incoming = None  # what comes after this belongs to no push; the store may be another's by now
         return {
             "report": report,
             "tuned": tuned,
