@@ -238,15 +238,20 @@ class GoldenChoice:
     blind: tuple[str, ...]
 
 
-def choose_golden(feeds: Sequence[Feed], results: Sequence[Feed], precision: str) -> GoldenChoice:
-    """Take the cases whose answers lie farthest apart, and say for which outputs even these are too alike."""
+def choose_golden(
+    feeds: Sequence[Feed], results: Sequence[Feed], precision: str, share: float | None = None
+) -> GoldenChoice:
+    """Take the cases whose answers lie farthest apart, and say for which outputs even these are too alike.
+
+    ``share``: of an output's largest value, what the target's engine may differ by, where the target says so.
+    """
     size = max(
         sum(array.nbytes for array in (*feed.values(), *result.values()))
         for feed, result in zip(feeds, results, strict=True)
     )
     count = min(max(GOLDEN_BYTES // max(size, 1), GOLDEN_CASES[0]), GOLDEN_CASES[1], len(feeds))
     names = sorted(results[0])
-    factor = TOLERANCES[precision].golden
+    factor = TOLERANCES[precision].golden if share is None else share
     tolerance = {}
     for name in names:
         finite = [np.abs(result[name][np.isfinite(result[name])]).max(initial=0.0) for result in results]

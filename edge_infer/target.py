@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,18 @@ VERSION = re.compile(r"\d+(\.\d+)*\Z")
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """One engine on the device: ``package`` in at least ``version``; ``providers`` and ``precisions`` by preference."""
+    """One engine on the device: ``package`` in at least ``version``; ``providers`` and ``precisions`` by preference.
+
+    ``golden_tolerance``: by precision, the share of an output's largest value by which the engine's answers there may
+    differ from those of the machine that packages, where that is not what docs/decisions/0008 says.
+    """
 
     format: str
     package: str
     version: str
     providers: tuple[str, ...]
     precisions: tuple[str, ...]
+    golden_tolerance: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,15 @@ def _read_file(path: Path) -> TargetProfile:
 
 
 def _build(kind: type[Any], table: Any, path: Path) -> Any:
-    """Make a profile dataclass of a TOML table: every field there, of its type, and no other."""
+    """Make a profile dataclass of a TOML table: every field that has no default there, of its type, and no other."""
     expected = {item.name: item.type for item in fields(kind)}
+    needed = {item.name for item in fields(kind) if item.default_factory is MISSING}
     if not isinstance(table, dict):
         raise UsageError(f"{path}: an entry of [[engines]] is not a table")
     for name in table.keys() - expected.keys():
         near = difflib.get_close_matches(name, expected, 1, 0.0)[0]
         raise UsageError(f"{path} has a field {name!r} that nothing reads; did you mean {near!r}?")
-    for name in expected.keys() - table.keys():
+    for name in needed - table.keys():
         raise UsageError(f"{path} lacks the field {name!r} ({expected[name]})")
     return kind(**{name: _typed(value, expected[name], f"{path}: {name}") for name, value in table.items()})
 
@@ -132,7 +139,10 @@ def _build(kind: type[Any], table: Any, path: Path) -> Any:
 def _typed(value: Any, annotation: Any, where: str) -> Any:
     if annotation == "tuple[EngineProfile, ...]":
         return tuple(value)
-    if annotation == "tuple[str, ...]":
+    if annotation == "Mapping[str, float]":
+        numbers = value.values() if isinstance(value, dict) else [None]
+        valid = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    elif annotation == "tuple[str, ...]":
         valid = isinstance(value, list) and all(isinstance(item, str) for item in value)
         value = tuple(value) if valid else value
     else:
@@ -180,6 +190,12 @@ def _check_engine(engine: EngineProfile, path: Path) -> None:
         for value in values:
             if value not in known:
                 raise UsageError(f"{path}: {kind} {value!r} is not known, expected one of {', '.join(known)}")
+    for value, share in engine.golden_tolerance.items():
+        if value not in engine.precisions or not 0 < share <= 1:
+            raise UsageError(
+                f"{path}: the {engine.format} engine has a golden_tolerance of {share} for {value}, expected a share "
+                f"of more than 0 and at most 1 for one of {', '.join(engine.precisions)}"
+            )
     built = quantize.PRECISIONS[engine.format]
     for value in engine.precisions:
         if value not in built:

@@ -249,7 +249,8 @@ class Workshop:
         """A complete bundle in the scratch folder, with the answers known so far as its golden ones."""
         facts = built.made.answer
         feeds = self.model.probe_inputs()
-        choice = measure.choose_golden(feeds, built.answers, built.precision)
+        share = built.engine.golden_tolerance.get(built.precision)
+        choice = measure.choose_golden(feeds, built.answers, built.precision, share)
         folder = Path(tempfile.mkdtemp(dir=self.work))
         names = [name for name in (facts["model"], facts["weights"]) if name]
         for name in names:

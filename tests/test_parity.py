@@ -116,6 +116,11 @@ class TestGoldenChoice:
         choice = measure.choose_golden([{}] * 4, results, "int8")
         assert (choice.blind, choice.tolerance) == ((), {"label": 0.0})
 
+    def test_the_target_may_say_how_far_its_kernels_differ(self) -> None:
+        results = [case(y=floats(x))[0] for x in (0, 10)]
+        assert measure.choose_golden([{}] * 2, results, "int8").tolerance == {"y": 0.5}
+        assert measure.choose_golden([{}] * 2, results, "int8", 0.08).tolerance == {"y": 0.8}
+
     def test_large_answers_leave_two_cases(self) -> None:
         results = [case(y=np.full(1 << 20, x, np.float32))[0] for x in range(6)]
         assert len(measure.choose_golden([{}] * 6, results, "float32").cases) == 2

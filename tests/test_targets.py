@@ -121,6 +121,21 @@ BROKEN = {
     "version that is none": ('version = "2.1.0"', 'version = "latest"', "version 'latest'"),
     "Python that is none": ('python = "3.10"', 'python = "three"', "python is 'three'"),
     "name that is none": ('name = "cpu-x86_64"', 'name = "my box!"', "'my box!'"),
+    "tolerance of nothing": (
+        'format = "tflite"',
+        'format = "tflite"\ngolden_tolerance = { int8 = 0 }',
+        "golden_tolerance of 0 for int8",
+    ),
+    "tolerance of a precision that is not there": (
+        'format = "tflite"',
+        'format = "tflite"\ngolden_tolerance = { int3 = 0.1 }',
+        "golden_tolerance of 0.1 for int3",
+    ),
+    "tolerance that is none": (
+        'format = "tflite"',
+        'format = "tflite"\ngolden_tolerance = { int8 = "a bit" }',
+        "a bit",
+    ),
     "no TOML": ("cores = 4\n", "cores = = 4\n", "is not a TOML file"),
 }
 
@@ -142,6 +157,14 @@ def test_a_sound_profile_of_the_users_own_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text((PROFILES / "cpu-x86_64.toml").read_text())
     assert read_target(str(path)) == read_target("cpu-x86_64")
+
+
+def test_a_profile_may_say_how_far_its_kernels_differ(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    text = (PROFILES / "cpu-x86_64.toml").read_text()
+    path.write_text(text.replace('format = "tflite"', 'format = "tflite"\ngolden_tolerance = { int8 = 0.08 }'))
+    assert read_target(str(path)).engine("tflite").golden_tolerance == {"int8": 0.08}
+    assert read_target("cpu-x86_64").engine("tflite").golden_tolerance == {}
 
 
 def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
