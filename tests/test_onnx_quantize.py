@@ -19,7 +19,7 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from torch import nn
 
 from edge_infer import worker
-from edge_infer.deploy.receiver import cpu_features
+from edge_infer.deploy.device import cpu_features
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.quantize import onnx as builder
 from edge_infer.quantize.onnx_age import lower_versions, oldest_engine, opset

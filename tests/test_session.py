@@ -881,7 +881,7 @@ def test_two_hundred_sessions_leave_nothing_behind(bundle: Bundle) -> None:
 
 
 def test_the_package_root_offers_what_it_says() -> None:
-    assert edge_infer.__all__ == ["EdgeInferError", "Pool", "Session", "__version__", "load", "verify"]
+    assert edge_infer.__all__ == ["EdgeInferError", "Pool", "Session", "__version__", "confirm", "load", "verify"]
     assert all(getattr(edge_infer, name) for name in edge_infer.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         edge_infer.nothing  # noqa: B018

@@ -5,7 +5,7 @@
     base = bases.choose(digests_on_device, given=None)   # before the next
     found = bases.differences(base, bundle, names, codecs)
 
-Below the cache folder: ``bases/releases/DIGEST/`` (files shared with the bundle where the file system can) and
+Below the cache folder: ``bases/releases/DIGEST/`` (blocks shared with the bundle where the file system can) and
 ``bases/deltas/KEY`` (one without a header stands for a delta that is not worth it). Nothing in it is needed: without,
 files are sent whole. What was not used for longest goes first.
 """
@@ -64,7 +64,7 @@ class Bases:
             aside = Path(folder) / "release"
             aside.mkdir()
             for name in [*bundle.manifest.files, MANIFEST_NAME]:
-                _share(bundle.file(name), aside / name)
+                _copy(bundle.file(name), aside / name)
             with contextlib.suppress(FileExistsError, OSError):  # another push kept the same meanwhile
                 aside.rename(final)
         self.trim(self.most, [bundle.digest])
@@ -157,18 +157,13 @@ def _entries(folder: Path) -> Iterator[Path]:
         yield from (path for path in folder.iterdir() if path.name not in ("releases", "deltas", "lock"))
 
 
-def _share(source: Path, target: Path) -> None:
-    """A copy that takes no space where the file system allows: by shared blocks, else a second name for the file.
+def _copy(source: Path, target: Path) -> None:
+    """A copy, which takes no space where the file system can share blocks.
 
-    A second name changes with the file should someone write into it in place; ``find`` hashes before use.
+    Not a second name of the file: the onnx package refuses a bundle's weights that have one.
     """
     with source.open("rb") as old, target.open("xb") as new:
         try:
             fcntl.ioctl(new.fileno(), FICLONE, old.fileno())
-            return
         except OSError:
-            target.unlink()
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without such names
-        shutil.copyfile(source, target)
+            shutil.copyfileobj(old, new, 1024 * 1024)
