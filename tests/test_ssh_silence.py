@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -49,13 +49,17 @@ def frozen(server: SshServer) -> Iterator[None]:
     """The server's processes stopped: the kernel goes on to acknowledge what is sent to them."""
     assert server._child is not None
     pids = [server._child.pid, *descendants(server._child.pid)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    _send(signal.SIGSTOP, pids)
     try:
         yield
     finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        _send(signal.SIGCONT, pids)
+
+
+def _send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # the one that answered whether the server is ready may just have ended
+            os.kill(pid, number)
 
 
 def through(jump: SshServer, device: SshServer, path: Path, *lines: str) -> SshTransport:
