@@ -47,7 +47,7 @@ POLICY_MAX_BYTES = 256 * 1024
 TIMEOUT_S = 60.0
 
 #: Up to 18 and 10 digits: whole numbers that every language and clock can hold.
-STATEMENT = re.compile(
+STATEMENT = (  # compiled when it is first used: most loads have nothing to do with signatures
     rb"edge-infer signature 1\n"
     rb"name ([A-Za-z0-9_][A-Za-z0-9_.+-]{0,99})\n"
     rb"digest ([0-9a-f]{64})\n"
@@ -174,7 +174,7 @@ def read_signature(folder: Path) -> Optional[bytes]:
 def parse_signature(data: bytes) -> Tuple[Statement, bytes]:
     """The statement and the armored signature. Raises BundleError unless ``data`` has exactly the known form."""
     text, begin, rest = data.partition(ARMOR_BEGIN)
-    found = STATEMENT.match(text)
+    found = re.match(STATEMENT, text)
     if len(data) > SIGNATURE_MAX_BYTES or not found or not begin or not rest.endswith(ARMOR_END):
         raise BundleError(f"{SIGNATURE_NAME} is damaged, or of a kind that this edge-infer does not know; sign again")
     name, digest = found[1].decode("ascii"), found[2].decode("ascii")
@@ -441,7 +441,7 @@ def keep_serial(root: Path, name: str, digest: str, signed: Signed) -> None:
 def _read_serial(root: Path, name: str) -> Optional[Statement]:
     path = root / "serials" / name
     try:
-        found = STATEMENT.match(read_plain_file(path, SIGNATURE_MAX_BYTES)) if path.exists() else None
+        found = re.match(STATEMENT, read_plain_file(path, SIGNATURE_MAX_BYTES)) if path.exists() else None
     except OSError as error:
         raise DeviceError(f"{path} cannot be read: {error}") from None
     if found is None:

@@ -57,6 +57,7 @@ ANSWER = {
     "codecs": [],
     "copies": [],
     "releases": [],
+    "on_trial": False,
     "reclaimable_bytes": 0,
 }
 

@@ -448,6 +448,15 @@ def test_a_health_command_that_passes_confirms(device, onnx, onnx_int8, tmp_path
     assert Store(device.store).events("digits")[-1]["who"] == "the health command"
 
 
+def test_what_serves_already_is_not_put_on_trial_and_the_plan_says_so(device, onnx, onnx_int8):
+    device.push(onnx)
+    for kept in (onnx, onnx_int8):
+        device.push(kept)
+    pushed = device.push(onnx_int8, health="false", confirm_within_s=1)
+    assert [step.action for step in pushed.steps] == ["keep", "self-test", "activate"]
+    assert pushed.pending_s is None and device.current("digits").digest == onnx_int8.digest
+
+
 def test_a_script_on_the_device_confirms_by_name(local, onnx, onnx_int8):
     local.push(onnx)
     local.push(onnx_int8, confirm_within_s=60)
@@ -576,6 +585,20 @@ def test_a_delta_is_for_slow_links_and_what_is_asked_for(device, releases):
     # On this machine itself there is nothing to gain.
     assert ("patch" in [step.action for step in steps]) == (device.server is not None)
     assert "patch" not in [step.action for step in device.push(second, dry_run=True, delta="never").steps]
+
+
+def test_a_base_that_is_named_is_compared_with_on_this_machine_too(local, releases, monkeypatch, tmp_path):
+    first, second = releases
+    local.push(first)
+    monkeypatch.setenv("EDGE_INFER_CACHE", str(tmp_path / "another-host"))
+    assert "patch" in [step.action for step in local.push(second, base=first, dry_run=True).steps]
+    with pytest.raises(UsageError, match="leave out --base or --no-delta"):
+        local.push(second, base=first, delta="never")
+
+
+def test_a_store_beside_one_that_the_address_names_is_refused(local, onnx, tmp_path, capsys):
+    assert main(["push", str(onnx.path), *local.arguments, "--store", str(tmp_path / "other")]) == 2
+    assert "names its store itself" in capsys.readouterr().err
 
 
 def test_delta_only_never_sends_all_in_silence(local, releases, onnx_int8, monkeypatch, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from edge_infer import admission, trust
-from edge_infer.deploy.device import RESERVE_BYTES, facts, free_bytes, serving_python
+from edge_infer.deploy.device import RESERVE_BYTES, ask_python, facts, free_bytes, serving_python
 from edge_infer.deploy.venvs import Venvs
-from edge_infer.errors import DeviceError, EdgeInferError
+from edge_infer.errors import EdgeInferError
 from edge_infer.manifest import FORMATS
 from edge_infer.store import Store
 
@@ -41,19 +40,7 @@ print(json.dumps({
 
 def platform_facts(python: str) -> Dict[str, Any]:
     """What decides which wheels fit ``python``. Raises DeviceError when it does not start."""
-    try:
-        done = subprocess.run(
-            [python, "-I", "-c", PLATFORM_SCRIPT],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            timeout=60,
-            check=False,
-        )
-        found: Dict[str, Any] = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise DeviceError(f"cannot start {python} on the device ({error}); name its Python with --python") from None
+    found = ask_python(python, PLATFORM_SCRIPT, "-I")
     if not found["libc"]:
         found["libc"], found["libc_version"] = _musl(Path(found["executable"]))
     return found

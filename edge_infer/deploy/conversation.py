@@ -19,7 +19,7 @@ from typing import Any
 from edge_infer.admission import rebuild
 from edge_infer.deploy.local import PREFIX, LocalTransport
 from edge_infer.deploy.transport import SLICE_BYTES, Process, Transport
-from edge_infer.errors import DeviceError, EdgeInferError
+from edge_infer.errors import DeviceError, EdgeInferError, UsageError
 
 #: Modules that go along, in the order of their imports.
 MODULES = (
@@ -100,14 +100,16 @@ class Conversation:
     """A running receiver. Use it as a context manager.
 
     ``store`` is the folder of the device's store (default: ``$EDGE_INFER_HOME`` or ``~/.edge-infer`` there);
-    ``more`` as for ``payload``.
+    ``more`` as for ``payload``. Raises UsageError for a ``store`` beside ``local:PATH``, which names it already.
     """
 
     def __init__(self, transport: Transport, store: str | None = None, more: Sequence[str] = ()) -> None:
         self._transport = transport
-        local = isinstance(transport, LocalTransport)
-        self._store = str(transport.store.absolute()) if isinstance(transport, LocalTransport) else store
-        python = sys.executable if local else "python3"
+        self._store, python = store, "python3"
+        if isinstance(transport, LocalTransport):
+            if store is not None:
+                raise UsageError(f"{transport.address} names its store itself, expected no other ({store}) beside it")
+            self._store, python = str(transport.store.absolute()), sys.executable
         self._process: Process = transport.start([python, "-c", BOOTSTRAP])
         self._unsent = payload(tuple(more))
 

@@ -71,9 +71,14 @@ def cpu_features(path: str = "/proc/cpuinfo") -> List[str]:
 
 def engines(python: str) -> Dict[str, Any]:
     """Version and engine packages of the serving Python. Raises DeviceError when it does not start."""
+    return ask_python(python, ENGINES_SCRIPT)
+
+
+def ask_python(python: str, script: str, *options: str) -> Dict[str, Any]:
+    """The JSON object that ``script`` prints there. Raises DeviceError when that Python does not start."""
     try:
         done = subprocess.run(
-            [python, "-c", ENGINES_SCRIPT],
+            [python, *options, "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Set
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple
 
 from edge_infer import delta
 from edge_infer.bundle import CHUNK_BYTES, hash_file, open_bundle, replace_file
@@ -64,21 +64,29 @@ class Incoming(Arrivals):
     def __init__(self, store: Store, manifest: Manifest, digest: str, signature: Optional[bytes] = None) -> None:
         super().__init__(store, manifest.files, digest)
         self.manifest, self.signature = manifest, signature
+        self._elsewhere: Optional[List[Tuple[FileEntry, Path]]] = None
 
     def copies(self) -> List[str]:
         """Files that need not be sent since another release has the same."""
         return [name for name, entry in self.files.items() if self._same_file(entry) is not None]
 
     def _same_file(self, wanted: FileEntry) -> Optional[Path]:
+        """A file of another release that is what ``wanted`` says, by hash."""
+        if self._elsewhere is None:
+            self._elsewhere = self._files_elsewhere()
+        same = (path for entry, path in self._elsewhere if entry == wanted)
+        return next((path for path in same if hash_file(path) == wanted.sha256), None)
+
+    def _files_elsewhere(self) -> List[Tuple[FileEntry, Path]]:
+        """What the manifests of the model's other releases list."""
+        found = []
         for digest in known_digests(self.store, self.manifest.name):
             try:
                 bundle = open_bundle(self.store.release(self.manifest.name, digest))
             except (OSError, BundleError, UsageError):
                 continue
-            for name, entry in bundle.manifest.files.items():
-                if entry == wanted and hash_file(bundle.file(name)) == wanted.sha256:
-                    return bundle.file(name)
-        return None
+            found += [(entry, bundle.file(name)) for name, entry in bundle.manifest.files.items()]
+        return found
 
     def have_deltas(self) -> Dict[str, Dict[str, Any]]:
         """As ``have``, of the deltas that an interrupted push left."""

@@ -57,6 +57,8 @@ class PushOptions:
                 raise UsageError(f"the time for {option} is {value:g} s, expected 0 to {LONGEST_S} (a week)")
         if self.keep < 1:
             raise UsageError(f"keep is {self.keep}, expected at least 1: the release in use")
+        if self.base is not None and self.delta == "never":
+            raise UsageError("a base was given for deltas that were ruled out; leave out --base or --no-delta")
         if self.health is not None and self.confirm_within_s is None:
             object.__setattr__(self, "confirm_within_s", HEALTH_S)
 
@@ -111,7 +113,9 @@ def make_plan(
     steps.append(Step("self-test", f"{digest[:12]} with {facts['serving_python']}"))
     if options.tune:
         steps.append(Step("tune", digest[:12]))
-    return [*steps, *_activation(manifest.name, options)]
+    # What serves already is not put on trial again.
+    serves = answer["releases"][:1] == [digest] and not answer["on_trial"]
+    return [*steps, *([Step("activate", manifest.name)] if serves else _activation(manifest.name, options))]
 
 
 def _file_step(

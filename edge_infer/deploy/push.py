@@ -60,17 +60,20 @@ def push(
     progress("asking the device")
     with ThreadPoolExecutor(1) as beside, Conversation(transport, options.store) as device:
         verified = beside.submit(verify, bundle, mode="full")  # while the device starts the receiver
-        answer, steps = _begin(device, bundle, options)
+        answer = _begin(device, bundle, options)
         verified.result()
-        differences = deltas.find_deltas(bundle, transport.address, answer, steps, options, progress)
-        if differences:
-            steps = _plan(bundle, answer, options, differences)
-        deltas.require_delta(bundle, answer, steps, options)
+        starts = sound_starts(bundle, answer["have"])
+        steps = make_plan(bundle.manifest, bundle.digest, answer, starts, options)
+        found = deltas.find_deltas(bundle, transport.address, answer, steps, options, progress)
+        if found.by_name:
+            sizes = _sizes(found.by_name, answer["have_deltas"])
+            steps = make_plan(bundle.manifest, bundle.digest, answer, starts, options, sizes)
+        deltas.require_delta(bundle, answer, steps, options, found.base)
         current = answer["releases"][0] if answer["releases"] else None
         pushed = Pushed(transport.address, bundle.digest, tuple(steps), 0, current, {})
         if dry_run:
             return pushed
-        sent = _send(device, bundle, steps, progress, differences)
+        sent = _send(device, bundle, steps, progress, found.by_name)
         progress("; ".join(str(step) for step in steps if step.action in ("self-test", "tune", "await")))
         done = device.ask(
             "finish",
@@ -84,34 +87,28 @@ def push(
     return replace(pushed, sent_bytes=sent, report=done["report"], tuned=done["tuned"], pending_s=done["pending_s"])
 
 
-def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> tuple[Mapping[str, Any], list[Step]]:
-    """What the device answers, and the steps that follow from it."""
-    text = bundle.manifest.to_bytes().decode()
+def _begin(device: Conversation, bundle: Bundle, options: PushOptions) -> Mapping[str, Any]:
+    """What the device answers when it is told of the bundle."""
     signature = read_signature(bundle.path)
-    answer = device.ask(
+    return device.ask(
         "begin",
-        manifest=text,
+        manifest=bundle.manifest.to_bytes().decode(),
         signature=None if signature is None else signature.decode("ascii", "replace"),
         allow_older=options.allow_older,
         python=options.python,
         who=myself(),
         wait_s=options.wait_s,
     )
-    return answer, _plan(bundle, answer, options)
 
 
-def _plan(
-    bundle: Bundle, answer: Mapping[str, Any], options: PushOptions, differences: Mapping[str, Difference] | None = None
-) -> list[Step]:
-    starts = sound_starts(bundle, answer["have"])
-    found = {name: _delta(made, answer["have_deltas"].get(name)) for name, made in (differences or {}).items()}
-    return make_plan(bundle.manifest, bundle.digest, answer, starts, options, found)
-
-
-def _delta(made: Difference, staged: Mapping[str, Any] | None) -> Delta:
-    """What the plan needs to know of a delta; ``staged`` is what an interrupted push left of it."""
-    start = sound_start(made.path, min(staged["size"], made.size), staged["pieces"]) if staged else 0
-    return Delta(made.size, made.base, start)
+def _sizes(differences: Mapping[str, Difference], staged: Mapping[str, Any]) -> dict[str, Delta]:
+    """What the plan needs to know of deltas; ``staged`` is what an interrupted push left of them."""
+    found = {}
+    for name, made in differences.items():
+        left = staged.get(name)
+        start = sound_start(made.path, min(left["size"], made.size), left["pieces"]) if left else 0
+        found[name] = Delta(made.size, made.base, start)
+    return found
 
 
 def sound_starts(bundle: Bundle, have: Mapping[str, Any]) -> dict[str, int]:
@@ -176,8 +173,10 @@ def measuring(
     device serves stays as it is.
     """
     with Conversation(transport) as device:
-        _, steps = _begin(device, bundle, PushOptions(python=python))
-        _send(device, bundle, steps)
+        options = PushOptions(python=python)
+        answer = _begin(device, bundle, options)
+        starts = sound_starts(bundle, answer["have"])
+        _send(device, bundle, make_plan(bundle.manifest, bundle.digest, answer, starts, options))
         yield lambda runs: device.ask("measure", timeout_s=timeout_s, runs=runs)["measured"]
         device.end()
 

@@ -196,7 +196,15 @@ class Receiver:
             "copies": [] if self.present else self.incoming.copies(),
             "reclaimable_bytes": self.store.reclaimable_bytes(digest),
             "releases": known_digests(self.store, manifest.name),
+            "on_trial": self._on_trial(),
         }
+
+    def _on_trial(self) -> bool:
+        """Whether the release in use waits to be confirmed."""
+        try:
+            return self.store.pointer(self.coming.manifest.name).pending is not None
+        except BundleError:
+            return False
 
     def _require_signed(self, allow_older: bool) -> Optional[Signed]:
         """Who signed the bundle, where this device demands it. Raises BundleError before a file is sent."""

@@ -32,9 +32,9 @@ def wait_for_health(store: Store, name: str, digest: str, command: str) -> None:
     """
     words = "it was not started"
     while True:
-        pointer = store.pointer(name)
-        if pointer.digests[:1] == (digest,) and not pointer.pending:
+        if _is_confirmed(store, name, digest):
             return
+        pointer = store.pointer(name)
         left_s = pointer.pending.left_s() if pointer.pending and pointer.digests[:1] == (digest,) else 0.0
         if not left_s:
             break
@@ -44,11 +44,18 @@ def wait_for_health(store: Store, name: str, digest: str, command: str) -> None:
             return
         time.sleep(min(AGAIN_S, left_s))
     with store.lock(LOCK_S, f"the trial of {name}"):
+        if _is_confirmed(store, name, digest):  # at the last moment
+            return
         store.reject(name, digest, f"the health command did not pass: {words}")
         now = store.digests(name)
         store.collect()
     still = f"the release {now[0][:12]} is in use again" if now else "no release is in use"
     raise SelfTestFailed(f"the health command did not pass in time: {words}; {still}")
+
+
+def _is_confirmed(store: Store, name: str, digest: str) -> bool:
+    pointer = store.pointer(name)
+    return pointer.digests[:1] == (digest,) and not pointer.pending
 
 
 def _confirm(store: Store, name: str, digest: str) -> None:
