@@ -23,6 +23,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.TemporaryDirectory(prefix="edge-infer-test-cache-")
     os.environ["EDGE_INFER_CACHE"] = CACHE.name
 
+#: Run by scripts/test_device, which builds the boards.
+collect_ignore = ["boards"]
+
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "build" / "models"
 IMAGE_NCHW = TensorSpec("image", "float32", (None, 1, 8, 8))

@@ -1,0 +1,135 @@
+"""A board's emulator: started, asked whether it answers, cut off, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from lab.boards import Board
+
+#: sshd answers 5 s after the start on an idle machine; a busy one takes its time.
+BOOT_S = 240
+STOP_S = 60
+
+
+class Emulator:
+    """``board`` switched on or off. The process outlives this one; its number and port lie in the board's folder."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.state = board.folder / "running.json"
+        self.console = board.folder / "console"
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def pid(self) -> int | None:
+        """The emulator's process, None when the board is off."""
+        try:
+            pid = int((self.board.folder / "pid").read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        # Another process may have got the number since.
+        return pid if os.fsencode(self.board.card) in command else None
+
+    def port(self) -> int:
+        if self.pid() is None:
+            raise SystemExit(f"{self.board.name} is off; start it with: start {self.board.name}")
+        return int(json.loads(self.state.read_text())["port"])
+
+    # -- switching -----------------------------------------------------------------------------------------------------
+
+    def start(self, *, clock: str | None = None, read_only: bool = False, port: int | None = None) -> int:
+        """Switch the board on and return its port, before it answers.
+
+        ``clock``: what its clock shows at the start, as 2016-01-01T00:00:00; None: the time.
+        ``read_only``: the card's write protection.
+        """
+        if self.pid() is not None:
+            raise SystemExit(f"{self.board.name} is on, at port {self.port()}")
+        port = port or free_port()
+        kind, folder = self.board.kind, self.board.folder
+        self.board.write_known_hosts(port)
+        drive = f"if=none,id=card,file={self.board.card},format=qcow2,readonly={'on' if read_only else 'off'}"
+        command = [
+            *("qemu-system-aarch64", "-M", "virt", "-cpu", kind.cpu, "-smp", str(kind.cores)),
+            *("-m", f"{kind.memory_bytes // 2**20}", "-accel", "tcg,thread=multi,tb-size=128", "-nodefaults"),
+            *("-display", "none", "-daemonize", "-pidfile", str(folder / "pid"), "-name", self.board.name),
+            *("-serial", f"file:{self.console}", "-rtc", f"base={clock or 'utc'}"),
+            *("-kernel", str(self.board.lab.kernel(kind.kernel)), "-initrd", str(folder / "initrd")),
+            *("-append", "console=ttyAMA0 quiet panic=5 mitigations=off kpti=off", "-device", "virtio-rng-device"),
+            *("-drive", drive, "-device", "virtio-blk-device,drive=card"),
+            # Nothing but its SSH port: a board reaches neither this machine nor any other.
+            *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
+            *("-device", "virtio-net-device,netdev=net"),
+        ]
+        self.state.write_text(json.dumps({"port": port}))
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"the emulator of {self.board.name} did not start: {done.stderr.strip()}")
+        return port
+
+    def wait(self, limit_s: float = BOOT_S) -> None:
+        """Return when the board answers on its SSH port."""
+        deadline = time.monotonic() + limit_s
+        port = self.port()
+        while time.monotonic() < deadline:
+            if self.pid() is None:
+                raise SystemExit(f"{self.board.name} went off while starting; see {self.console}")
+            if _answers(port):
+                return
+            time.sleep(0.2)
+        raise SystemExit(
+            f"{self.board.name} does not answer after {limit_s:.0f} s; see {self.board.folder / 'console'}"
+        )
+
+    def cut_power(self) -> None:
+        """The emulator is gone at once: what the board had not brought to its card is lost."""
+        pid = self.pid()
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGKILL)
+        while self.pid() is not None:
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Shut the board down, or cut its power when it does not within a minute."""
+        if self.pid() is None:
+            return
+        subprocess.run(
+            self.ssh("root", "busybox", "poweroff"), stdin=subprocess.DEVNULL, capture_output=True, check=False
+        )
+        deadline = time.monotonic() + STOP_S
+        while self.pid() is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.cut_power()
+
+    # -- a shell -------------------------------------------------------------------------------------------------------
+
+    def ssh(self, user: str, *words: str) -> list[str]:
+        """The OpenSSH command that runs ``words`` on the board."""
+        return [
+            *("ssh", "-F", "/dev/null", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30", "-o", "IdentitiesOnly=yes"),
+            *("-o", f"UserKnownHostsFile={self.board.known_hosts}", "-i", str(self.board.lab.key)),
+            *("-p", str(self.port()), f"{user}@127.0.0.1", *words),
+        ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    """Whether an SSH server introduces itself; the emulator takes the connection before there is one."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            return connection.recv(4) == b"SSH-"
+    except OSError:
+        return False
