@@ -23,7 +23,7 @@ DONE = "second stage done"
 
 SECOND_STAGE = f"""#!/bin/bash
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive
-finish() {{ sync; mount -o remount,ro /; busybox poweroff -f; sleep 60; }}
+finish() {{ sync; exec busybox poweroff -f; }}
 trap finish EXIT
 set -e
 mount -t devtmpfs dev /dev
@@ -147,6 +147,8 @@ def _second_stage(lab: Lab, root: Path, work: Path, log: Path) -> None:
         subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=SECOND_STAGE_S, check=True
         )
+    # Its journal is played back now and not at every first start; 1: something was put right.
+    packages.run("sh", "-c", 'e2fsck -f -y "$0" || test $? = 1', card, log=log)
     said = console.read_text("utf-8", "replace")
     if DONE not in said:
         raise SystemExit("\n".join([*said.splitlines()[-15:], f"the second half of debootstrap failed; see {console}"]))
