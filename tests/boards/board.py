@@ -57,7 +57,7 @@ class TestBoard:
     # -- from here -----------------------------------------------------------------------------------------------------
 
     def command(self, *words: str | Path) -> list[str]:
-        return [sys.executable, "-m", "edge_infer", *map(str, words)]
+        return [sys.executable, "-m", "edge_infer.cli", *map(str, words)]
 
     def environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name != "SSH_AUTH_SOCK"}

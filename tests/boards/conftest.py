@@ -20,6 +20,7 @@ from boards.board import PATIENCE_S, TestBoard
 
 #: In this order: each replaces the one before, and the last two stay.
 ENVIRONMENTS = (["tflite-runtime"], ["tflite"], ["onnx", "tflite", "torch"])
+SHORT_ENVIRONMENTS = (["tflite-runtime"], ["onnx", "tflite"])
 #: What there is in the environment that serves.
 FACTS = """
 import json, os, platform, sys
@@ -37,14 +38,25 @@ NewBoard = Callable[..., TestBoard]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--keep-card", type=Path, metavar="FOLDER", help="keep the provisioned card there for the next run"
-    )
+    parser.addoption("--short", action="store_true", help="leave out what is marked long, and PyTorch")
+    parser.addoption("--keep-card", type=Path, metavar="FOLDER", help="where a provisioned card stays for other runs")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: left out by --short")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.timeout(4 * PATIENCE_S))
+    if config.getoption("--short"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def environments(config: pytest.Config) -> tuple[list[str], ...]:
+    """The engines of each environment that the provisioned board is given."""
+    return SHORT_ENVIRONMENTS if config.getoption("--short") else ENVIRONMENTS
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +112,7 @@ def provisioned(
     if not steps_file.is_file():
         steps = {}
         board = new_board("pi-4", "first")
-        for engines in ENVIRONMENTS:
+        for engines in environments(request.config):
             chosen = [word for engine in engines for word in ("--engine", engine)]
             said = board.answer("provision", board.name, "--offline", *chosen)
             steps["+".join(engines)] = said, board.python(FACTS)

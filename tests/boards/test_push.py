@@ -19,7 +19,7 @@ from edge_infer.bundle import Bundle
 TARGET = "raspberry-pi-4"
 #: What the target's engines take; PyTorch on a processor is offered no float16.
 CASES = [
-    (format, precision)
+    pytest.param(format, precision, id=f"{format}-{precision}", marks=[pytest.mark.long] * (format == "torchscript"))
     for format in SOURCES
     for precision in ("float32", "float16", "int8")
     if (format, precision) != ("torchscript", "float16")
@@ -58,7 +58,7 @@ def answers_here(bundle: Bundle, images: np.ndarray) -> tuple[np.ndarray, list[s
         return names["answers"](session, images), [session.info.package, session.info.version]
 
 
-@pytest.mark.parametrize(("format", "precision"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("format", "precision"), CASES)
 def test_a_pushed_bundle_answers_there_as_it_does_here(
     board: TestBoard, packaged: Callable[..., Bundle], format: str, precision: str
 ) -> None:

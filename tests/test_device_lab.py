@@ -1,0 +1,104 @@
+"""The parts of the device lab that need no board: archives, modules, links, names. Boards are in tests/boards."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from lab import initrd, packages
+from lab.boards import KINDS, Lab
+from lab.emulator import Emulator
+from lab.network import Link
+
+from edge_infer.target import read_target
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setenv("EDGE_INFER_LAB", str(tmp_path / "lab"))
+    return Lab()
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([ROOT / "scripts" / "device_lab", *words], capture_output=True, text=True, check=False)
+
+
+# -- what a kernel starts from -----------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_newc_as_the_kernel_documents_it() -> None:
+    made = initrd.archive({"bin": (0o040755, b""), "bin/x": (0o100644, b"12345")}, console=True)
+    folder, rest = made[:116], made[116:]
+    assert folder[:6] == b"070701" and folder[110:] == b"bin\0" + bytes(2)
+    assert int(folder[14:22], 16) == 0o040755 and int(folder[94:102], 16) == len("bin") + 1
+    file = rest[:124]
+    assert int(file[54:62], 16) == 5 and file[110:116] == b"bin/x\0" and file[116:121] == b"12345"
+    console = rest[124:]
+    assert int(console[14:22], 16) == 0o020600 and (int(console[78:86], 16), int(console[86:94], 16)) == (5, 1)
+    assert b"TRAILER!!!\0" in console and len(made) % 4 == 0
+
+
+def test_modules_come_after_what_they_need_and_compressed_ones_are_unpacked(tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "modules" / "6.1" / "kernel"
+    folder.mkdir(parents=True)
+    for name, needed in (("virtio", b"virtio_ring"), ("virtio-rng", b"virtio,hw"), ("virtio_ring", b"")):
+        (folder / f"{name}.ko").write_bytes(b"\x7fELF\0depends=" + needed + b"\0name\0")
+    (folder / "hw.ko.xz").write_bytes(lzma.compress(b"\x7fELF\0depends=\0"))
+    order = initrd.in_order(tmp_path, ("virtio_rng", "built_into_the_kernel", "virtio"))
+    assert list(order) == ["virtio_ring", "virtio", "hw", "virtio_rng"]
+    assert order["hw"] == b"\x7fELF\0depends=\0"
+
+
+# -- boards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_kind_has_the_memory_and_the_pages_of_the_target_it_stands_for(kind: object) -> None:
+    target = read_target(kind.target)  # type: ignore[attr-defined]
+    assert kind.kernel == f"{target.page_size_bytes >> 10}k"  # type: ignore[attr-defined]
+    assert kind.memory_bytes <= target.ram_bytes  # type: ignore[attr-defined]
+
+
+def test_a_board_is_refused_by_a_name_that_is_none(lab: Lab) -> None:
+    with pytest.raises(SystemExit, match="no name for a board"):
+        lab.new_board("pi-4", "../x")
+    with pytest.raises(SystemExit, match=r"no board x in .*there are: none"):
+        lab.board("x")
+
+
+def test_the_number_of_another_process_is_no_board_that_is_on(lab: Lab) -> None:
+    folder = lab.boards_folder / "kitchen"
+    folder.mkdir(parents=True)
+    (folder / "board.json").write_text('{"kind": "pi-4"}')
+    (folder / "pid").write_text(str(os.getpid()))
+    assert Emulator(lab.board("kitchen")).pid() is None
+    Emulator(lab.board("kitchen")).cut_power()  # and it is not killed
+
+
+def test_the_command_says_what_is_missing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command("start").stderr.startswith("which boards? --board KIND makes one")
+    assert "not built; run device_lab build" in command("status").stderr
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "qemu-system-arm" in packages.missing() or Path("/usr/sbin/qemu-system-aarch64").exists()
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_is_the_same_in_both_directions_and_half_the_latency_each() -> None:
+    lines = Link(latency_ms=200, loss=0.02, bandwidth=2_000_000).commands().splitlines()
+    netem = [line for line in lines if "root netem" in line]
+    assert [line.split()[4] for line in netem] == ["ifb0", "eth0"]
+    assert all(line.endswith("delay 100ms loss 2% rate 2000000bit") for line in netem)
+
+
+def test_a_plain_link_only_takes_away_what_there_was() -> None:
+    assert "add" not in Link().commands()
