@@ -9,7 +9,9 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+from lab import card
 from lab.boards import Board
 
 #: sshd answers 5 s after the start on an idle machine; a busy one takes its time.
@@ -35,7 +37,7 @@ class Emulator:
         except (OSError, ValueError):
             return None
         # Another process may have got the number since.
-        return pid if os.fsencode(self.board.card) in command else None
+        return pid if os.fsencode(self.board.folder / "initrd") in command else None
 
     def port(self) -> int:
         if self.pid() is None:
@@ -44,18 +46,33 @@ class Emulator:
 
     # -- switching -----------------------------------------------------------------------------------------------------
 
-    def start(self, *, clock: str | None = None, read_only: bool = False, port: int | None = None) -> int:
+    def start(
+        self,
+        *,
+        clock: str | None = None,
+        read_only: bool = False,
+        volatile: bool = False,
+        worn_out: bool = False,
+        port: int | None = None,
+    ) -> int:
         """Switch the board on and return its port, before it answers.
 
         ``clock``: what its clock shows at the start, as 2016-01-01T00:00:00; None: the time.
-        ``read_only``: the card's write protection.
+        ``read_only``: the card's write protection. ``volatile``: the card has a cache that a power cut empties, see
+        lab/card.py; otherwise it keeps every write at once. ``worn_out``: all its writes fail.
         """
         if self.pid() is not None:
             raise SystemExit(f"{self.board.name} is on, at port {self.port()}")
         port = port or free_port()
         kind, folder = self.board.kind, self.board.folder
         self.board.write_known_hosts(port)
-        drive = f"if=none,id=card,file={self.board.card},format=qcow2,readonly={'on' if read_only else 'off'}"
+        self._cut_card()  # of a board that went off by itself
+        file, format = str(self.board.card), "qcow2"
+        if volatile or worn_out:
+            file, format = f"nbd+unix:///?socket={card.start(self.board.card, folder, read_only)}", "raw"
+        if worn_out:
+            self.wear_out()
+        drive = f"if=none,id=card,file={file},format={format},readonly={'on' if read_only else 'off'}"
         command = [
             *("qemu-system-aarch64", "-M", "virt", "-cpu", kind.cpu, "-smp", str(kind.cores)),
             *("-m", f"{kind.memory_bytes // 2**20}", "-accel", "tcg,thread=multi,tb-size=128", "-nodefaults"),
@@ -71,6 +88,7 @@ class Emulator:
         self.state.write_text(json.dumps({"port": port}))
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
+            self._cut_card()
             raise SystemExit(f"the emulator of {self.board.name} did not start: {done.stderr.strip()}")
         return port
 
@@ -88,14 +106,26 @@ class Emulator:
             f"{self.board.name} does not answer after {limit_s:.0f} s; see {self.board.folder / 'console'}"
         )
 
-    def cut_power(self) -> None:
-        """The emulator is gone at once: what the board had not brought to its card is lost."""
+    def cut_power(self, mode: str = "dropped", seed: int = 0) -> dict[str, Any] | None:
+        """The emulator is gone at once: what the board had not brought to its card is lost.
+
+        ``mode``, one of card.MODES, and ``seed`` say what a volatile card keeps of the writes since its last flush.
+        What became of them; None for another card.
+        """
         pid = self.pid()
-        if pid is None:
-            return
-        os.kill(pid, signal.SIGKILL)
-        while self.pid() is not None:
-            time.sleep(0.01)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            while self.pid() is not None:
+                time.sleep(0.01)
+        return self._cut_card(mode, seed)
+
+    def _cut_card(self, mode: str = "dropped", seed: int = 0) -> dict[str, Any] | None:
+        return card.ask(self.board.folder, "cut_power", mode=mode, seed=seed)
+
+    def wear_out(self) -> None:
+        """From now on all writes to the volatile card fail."""
+        if card.ask(self.board.folder, "wear_out") is None:
+            raise SystemExit(f"the card of {self.board.name} is not volatile; start the board with volatile=True")
 
     def stop(self) -> None:
         """Shut the board down, or cut its power when it does not within a minute."""
