@@ -440,6 +440,24 @@ def test_a_killed_card_keeps_what_was_flushed_and_can_be_served_again(
     assert lab.card.ask(tmp_path, "cut_power")["writes"] == 0
 
 
+def test_a_card_that_is_held_does_not_answer_the_flush_and_keeps_nothing_of_it(
+    lab: Any, start: Any, image: Path, tmp_path: Path
+) -> None:
+    client = start(image)
+    client.flush()
+    assert lab.card.ask(tmp_path, "hold", flush=2)["held"] is False
+    client.write(0, A)
+    client.flush()
+    client.write(0, B)
+    client.wire.connection.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        client.flush()
+    state = lab.card.ask(tmp_path, "state")
+    assert state["held"] is True and state["writes"] == 1
+    assert lab.card.ask(tmp_path, "cut_power", mode="dropped")["sectors_dropped"] == 1
+    assert sectors(image, 0, 1) == [A]
+
+
 @pytest.mark.skipif(not shutil.which("qemu-nbd"), reason="qemu-nbd is not installed")
 def test_a_qcow2_card_over_a_base_takes_the_writes_and_the_base_stays(
     lab: Any, start: Any, image: Path, tmp_path: Path

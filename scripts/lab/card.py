@@ -37,6 +37,8 @@ CACHE_BYTES = 64 * 2**20
 RUN_SECTORS = 2**20 // SECTOR
 #: What becomes of the writes since the last flush. mix: each is kept, dropped, or torn at sectors, with equal chance.
 MODES = ("dropped", "kept", "mix")
+#: What ``ask`` may ask for.
+VERBS = ("cut_power", "wear_out", "hold", "state")
 
 
 class Durable(Protocol):
@@ -108,7 +110,9 @@ class Card:
         self.size = durable.size
         self.read_only = read_only
         self.cache_bytes = cache_bytes
-        self.worn_out = self.ended = False
+        self.worn_out = self.ended = self.held = False
+        #: The flush, counted from the start, that is not done any more.
+        self.last_flush: int | None = None
         self.lock = threading.Lock()
         self.flushes = 0
         #: What is not durable yet, in the order of the writes: the first sector of each, and its sectors.
@@ -129,6 +133,8 @@ class Card:
             return bytes(content)
 
     def write(self, offset: int, data: bytes, durable: bool) -> None:
+        if durable and self.held:
+            threading.Event().wait()
         with self.lock:
             self._refuse_when_worn_out()
             first, sectors = offset // SECTOR, [data[start : start + SECTOR] for start in range(0, len(data), SECTOR)]
@@ -154,8 +160,13 @@ class Card:
     def flush(self) -> None:
         with self.lock:
             self.flushes += 1
-            self._bring_all()
-            self.durable.flush()
+            if self.flushes == self.last_flush:
+                self.held = True
+            if not self.held:
+                self._bring_all()
+                self.durable.flush()
+                return
+        threading.Event().wait()  # as good as off: nobody is answered any more
 
     def _refuse_when_worn_out(self) -> None:
         if self.worn_out:
@@ -207,10 +218,16 @@ class Card:
         self.worn_out = True
         return self.state()
 
+    def hold(self, flush: int) -> dict[str, Any]:
+        """The power fails at a flush, the next one being 1: that one is not done and never answered."""
+        with self.lock:
+            self.last_flush = self.flushes + flush
+        return self.state()
+
     def state(self) -> dict[str, Any]:
         """``flushes`` since the start; ``writes`` and their ``bytes`` that are pending."""
         return {
-            **{"pid": os.getpid(), "worn_out": self.worn_out, "flushes": self.flushes},
+            **{"pid": os.getpid(), "worn_out": self.worn_out, "held": self.held, "flushes": self.flushes},
             **{"writes": len(self.pending), "bytes": self.pending_bytes},
         }
 
@@ -249,7 +266,7 @@ def start(card: Path, folder: Path, read_only: bool = False) -> Path:
 
 
 def ask(folder: Path, do: str, **arguments: Any) -> dict[str, Any] | None:
-    """A method of the card that is served in ``folder``: cut_power, wear_out or state; None when there is none.
+    """A method of the card that is served in ``folder``, of VERBS; None when there is none.
 
     ValueError for what the card does not understand or could not do.
     """
@@ -322,8 +339,8 @@ def obey(control: socket.socket, card: Card) -> None:
         with connection, connection.makefile("rwb") as stream:
             try:
                 asked = json.loads(stream.readline())
-                verbs = {"cut_power": card.cut_power, "wear_out": card.wear_out, "state": card.state}
-                answer = verbs[asked.pop("do")](**asked)
+                verb = asked.pop("do")
+                answer = getattr(card, VERBS[VERBS.index(verb)])(**asked)
             except (LookupError, OSError, TypeError, ValueError) as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             if card.ended:
