@@ -39,6 +39,7 @@ NewBoard = Callable[..., TestBoard]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--short", action="store_true", help="leave out what is marked long, and PyTorch")
+    parser.addoption("--power-cuts", type=int, metavar="N", help="how many; 100, or 8 of a short run")
     parser.addoption("--keep-card", type=Path, metavar="FOLDER", help="where a provisioned card stays for other runs")
 
 
@@ -79,13 +80,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def new_board(lab: Lab, home: Path) -> Iterator[NewBoard]:
-    """``new_board(kind, name, card=None)``: a board that is on, and off when the session ends."""
+    """``new_board(kind, name, card=None, **how)``: a board that is on, and off when the session ends."""
     made: list[TestBoard] = []
 
-    def make(kind: str, name: str | None = None, card: Path | None = None) -> TestBoard:
+    def make(kind: str, name: str | None = None, card: Path | None = None, **how: Any) -> TestBoard:
         board = TestBoard(lab.new_board(kind, name, card), home)
         made.append(board)
-        board.start()
+        board.start(**how)
         return board
 
     yield make
