@@ -106,6 +106,49 @@ def test_an_engine_that_wants_a_graphics_card_is_passed_over(index: Path) -> Non
         choose(platform("debian_x86_64"), ["torch"])
 
 
+def test_an_engine_that_ends_with_an_illegal_instruction_there_is_passed_over(index: Path, tmp_path: Path) -> None:
+    for name, version in (("numpy", "2.0.0"), ("torch", "2.9.1"), ("torch", "2.10.0")):
+        make_wheel(index, name, version)
+    add_pip(index)
+    newer = platform("raspberry_pi_os_bookworm", features=[*PI.features, "atomics"])
+    unknown = platform("raspberry_pi_os_bookworm", features=[])
+    steps: list[str] = []
+    assert "torch 2.9.1" in names(choose(PI, ["torch"], steps.append))
+    assert "torch 2.10.0 needs a processor with atomics there; looking for an older one" in steps
+    assert "torch 2.10.0" in names(choose(newer, ["torch"])) and "torch 2.10.0" in names(choose(unknown, ["torch"]))
+
+
+def test_a_lock_of_a_better_processor_is_not_taken(index: Path, tmp_path: Path) -> None:
+    for name, version in (("numpy", "2.0.0"), ("torch", "2.9.1"), ("torch", "2.10.0")):
+        make_wheel(index, name, version)
+    add_pip(index)
+    house = tmp_path / "house"
+    newer = platform("raspberry_pi_os_bookworm", features=[*PI.features, "atomics"])
+    assert "torch 2.10.0" in names(prepare(newer, ["torch"], house, whole=False).lock)
+    assert find_lock(PI, ["torch"], house) is None
+    assert "torch 2.9.1" in names(prepare(PI, ["torch"], house, whole=False).lock)
+    assert "torch 2.9.1" in names(prepare(newer, ["torch"], house, whole=False).lock)
+
+
+def test_a_constraint_bounds_what_is_chosen_and_which_lock_is_taken(index: Path, tmp_path: Path) -> None:
+    for name, version in (("numpy", "2.0.0"), ("torch", "2.8.0"), ("torch", "2.9.1")):
+        make_wheel(index, name, version)
+    add_pip(index)
+    house = tmp_path / "house"
+    assert "torch 2.9.1" in names(prepare(PI, ["torch"], house, whole=False).lock)
+    older = prepare(PI, ["torch"], house, constraints=["torch<2.9", "never-asked-for>1"], whole=False)
+    assert names(older.lock) == ["numpy 2.0.0", "torch 2.8.0"]
+    assert "torch 2.8.0" in names(prepare(PI, ["torch"], house, whole=False).lock)
+    with pytest.raises(EngineMissing, match=r"torch"):
+        prepare(PI, ["torch"], house, constraints=["torch<2"], whole=False)
+
+
+@pytest.mark.parametrize("text", ["torch<<2", "torch", "torch @ file:///x.whl", "torch<2; python_version > '3'"])
+def test_what_bounds_no_version_is_no_constraint(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"the constraint .* expected such as 'torch<2\.9'"):
+        prepare(PI, ["torch"], tmp_path, constraints=[text])
+
+
 def test_what_does_not_exist_for_the_device_is_named(index: Path) -> None:
     make_wheel(index, "numpy", "2.0.0", "cp311-cp311-manylinux_2_28_aarch64")
     make_wheel(index, "onnxruntime", "1.20", needs=["numpy", "left-out"])

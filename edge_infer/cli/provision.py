@@ -23,6 +23,10 @@ def add_command(commands: Any) -> None:
         "--engine", action="append", choices=["tflite", "tflite-runtime", "onnx", "torch"], dest="engines",
         help="may be given several times (default: what the device's environment and models have, else tflite)",
     )  # fmt: skip
+    parser.add_argument(
+        "--constraint", action="append", metavar="REQUIREMENT", dest="constraints",
+        help="a bound on what is chosen, such as 'torch<2.9'; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--offline", action="store_true", help="send the wheels: the device asks no package index")
     parser.add_argument(
         "--wheelhouse",
@@ -52,7 +56,8 @@ def add_command(commands: Any) -> None:
 def call(args: argparse.Namespace) -> dict[str, Any]:
     from edge_infer.deploy.provision import ProvisionOptions, provision, switch_back
 
-    if args.rollback and (args.engines or args.offline or args.upgrade or args.python or args.replace or args.dry_run):
+    made = (args.engines, args.constraints, args.offline, args.upgrade, args.python, args.replace, args.dry_run)
+    if args.rollback and any(made):
         raise UsageError("--rollback makes no environment; leave out what says which one to make, or --rollback")
     with open_device(args) as device:
         if args.rollback:
@@ -60,6 +65,7 @@ def call(args: argparse.Namespace) -> dict[str, Any]:
             return {"address": args.device, "rollback": True, **told}
         options = ProvisionOptions(
             engines=tuple(args.engines or ()),
+            constraints=tuple(args.constraints or ()),
             offline=args.offline,
             wheelhouse=args.wheelhouse,
             upgrade=args.upgrade,

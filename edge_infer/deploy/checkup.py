@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from edge_infer import admission, trust
-from edge_infer.deploy.device import RESERVE_BYTES, ask_python, facts, free_bytes, serving_python
+from edge_infer.deploy.device import RESERVE_BYTES, ask_python, cpu_features, facts, free_bytes, serving_python
 from edge_infer.deploy.venvs import Venvs
 from edge_infer.errors import EdgeInferError
 from edge_infer.manifest import FORMATS
@@ -43,6 +43,7 @@ def platform_facts(python: str) -> Dict[str, Any]:
     found = ask_python(python, PLATFORM_SCRIPT, "-I")
     if not found["libc"]:
         found["libc"], found["libc_version"] = _musl(Path(found["executable"]))
+    found["features"] = cpu_features()
     return found
 
 

@@ -326,7 +326,8 @@ def _reason(status: int, errors: bytes) -> str:
             number = signal.Signals(-status)
         except ValueError:
             return f"it ended with signal {-status}"
-        return f"{number.name}, {admission.SIGNALS.get(number, 'it was stopped from outside')}"
+        remedy = "; choose another version with --constraint" if number == signal.SIGILL else ""
+        return f"{number.name}, {admission.SIGNALS.get(number, 'it was stopped from outside')}{remedy}"
     return lines[-1][:300] if lines else f"it ended with status {status}"
 
 

@@ -30,7 +30,8 @@ class Platform:
     """One Python on a device, as the device's own facts give it.
 
     ``python`` is a full version, ``abi`` such as ``cp311``, ``machine`` what the kernel says, ``bits`` the size of a
-    pointer; ``libc`` is glibc or musl, with its version.
+    pointer; ``libc`` is glibc or musl, with its version. ``features`` are those of the processor in the kernel's words
+    (``asimd``, ``atomics``), none where they are not known.
     """
 
     python: str
@@ -40,11 +41,13 @@ class Platform:
     bits: int
     libc: str
     libc_version: str
+    features: tuple[str, ...] = ()
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Platform:
         """Raises DeviceError for a Python that wheels are not made for."""
-        platform = cls(**{item.name: facts[item.name] for item in fields(cls)})
+        known = {item.name: facts[item.name] for item in fields(cls) if item.name != "features"}
+        platform = cls(**known, features=tuple(facts.get("features", ())))
         if platform.implementation != "cpython":
             raise DeviceError(
                 f"the device's Python is {platform.implementation}, which engines have no wheels for; "

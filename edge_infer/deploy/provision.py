@@ -41,12 +41,14 @@ Progress = Callable[[str], None]
 class ProvisionOptions:
     """What is asked of a provisioning.
 
-    ``engines``: extras of edge-infer (default: those of the environment and the models there). ``offline``: wheels are
+    ``engines``: extras of edge-infer (default: those of the environment and the models there). ``constraints``:
+    requirements such as ``torch<2.9`` that hold for what is chosen. ``offline``: wheels are
     sent, and the device asks no index. ``python``: the device's Python to build on. ``replace``: an environment that
     was made by hand is moved aside. ``timeout_s`` is for each model's golden questions, ``install_s`` for pip there.
     """
 
     engines: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
     offline: bool = False
     wheelhouse: Path | None = None
     upgrade: bool = False
@@ -89,7 +91,13 @@ def provision(
     engines = tuple(sorted(set(options.engines or default_engines(facts))))
     check_models(transport.address, facts, engines)
     house = prepare(
-        platform, engines, options.wheelhouse, whole=options.offline, upgrade=options.upgrade, progress=progress
+        platform,
+        engines,
+        options.wheelhouse,
+        constraints=options.constraints,
+        whole=options.offline,
+        upgrade=options.upgrade,
+        progress=progress,
     )
     files = [pin for pin in (*house.pins, house.pip) if options.offline or pin in (house.own, house.pip)]
     with Conversation(transport, options.store, MORE) as device:

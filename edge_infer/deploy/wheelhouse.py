@@ -26,7 +26,9 @@ from edge_infer.deploy.platforms import Platform
 from edge_infer.errors import BundleError, DeviceError, EngineMissing, UsageError
 from edge_infer.store import default_root
 
-from packaging.requirements import Requirement  # isort: skip  (platforms says how to install packaging)
+from packaging.requirements import InvalidRequirement, Requirement  # isort: skip  (platforms says how to install packaging)
+from packaging.specifiers import SpecifierSet
+
 from packaging.utils import canonicalize_name, parse_wheel_filename  # isort: skip
 
 #: The engines by their extra of edge-infer: the package, and the module whose import shows that it works.
@@ -40,6 +42,12 @@ ENGINES = {
 INSTALLER = "pip"
 #: Packages that bring gigabytes for graphics cards: a version of an engine that needs any is passed over.
 FOR_GPUS = re.compile(r"(nvidia|cuda|triton|pytorch-triton|rocm)(-|\Z)")
+#: Versions of an engine that end with an illegal instruction on processors of an architecture without a feature.
+UNFIT = (
+    # The allocator that it carries was built for the atomic instructions of ARMv8.1, which Cortex-A53 and A72 lack:
+    # https://github.com/pytorch/pytorch/issues/176993
+    ("torch", "==2.10.0", "aarch64", "atomics"),
+)
 #: Versions of an engine that are looked at before giving up, and rounds until no wheel needs anything new.
 MOST_VERSIONS, MOST_ROUNDS = 40, 10
 PIP_TIMEOUT_S = 1800.0
@@ -83,6 +91,8 @@ class Lock:
         """Whether it holds these engines for this platform, as today's edge-infer needs them."""
         if self.engines != tuple(engines) or not all(platform.takes(pin.file) for pin in self.pins):
             return False
+        if any(lacking(pin.project, pin.version, platform) for pin in self.pins):
+            return False
         versions = {canonicalize_name(pin.project): pin.version for pin in self.pins}
         needed = [*own_needs(platform, engines), Requirement(INSTALLER)]
         return all(
@@ -90,6 +100,12 @@ class Lock:
             and canonicalize_name(item.name) in versions
             for item in needed
         )
+
+    def keeps(self, limits: Iterable[Requirement]) -> bool:
+        """Whether all that it has of what ``limits`` name is within them."""
+        bounds = {canonicalize_name(item.name): item.specifier for item in limits}
+        named = ((bounds.get(canonicalize_name(pin.project)), pin.version) for pin in self.pins)
+        return all(bound is None or bound.contains(version, prereleases=True) for bound, version in named)
 
 
 @dataclass(frozen=True)
@@ -133,12 +149,14 @@ def prepare(
     engines: Sequence[str],
     folder: Path | None = None,
     *,
+    constraints: Sequence[str] = (),
     whole: bool = True,
     upgrade: bool = False,
     progress: Progress = lambda step: None,
 ) -> Wheelhouse:
     """A wheelhouse in ``folder`` for ``engines`` on ``platform``: with all wheels, or with those of pip and edge-infer.
 
+    ``constraints`` are requirements such as ``torch<2.9``, which every version that is chosen satisfies.
     Raises EngineMissing when there is no wheel for the platform, DeviceError when the index is out of reach,
     BundleError for a wheel that is not the one in the lock, UsageError for an engine that is not known.
     """
@@ -146,11 +164,12 @@ def prepare(
         if engine not in ENGINES:
             raise UsageError(f"no engine is called {engine!r}, expected {', '.join(ENGINES)}")
     engines = sorted(set(engines))
+    limits = [_constraint(text) for text in constraints]
     folder = folder or default_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None if upgrade else find_lock(platform, engines, folder)
+    lock = None if upgrade else find_lock(platform, engines, folder, limits)
     if lock is None:
-        lock = choose(platform, engines, progress)
+        lock = choose(platform, engines, progress, limits)
         name = f"{'+'.join(engines)}-{platform.key}.txt"
         replace_file(folder / name, lock.to_text(str(platform)).encode())
     _fetch(platform, folder, [pin for pin in lock.pins if whole or pin.project == INSTALLER], progress)
@@ -158,11 +177,23 @@ def prepare(
     return Wheelhouse(folder, lock, _pin(own.name, hash_file(own)))
 
 
-def find_lock(platform: Platform, engines: Sequence[str], folder: Path) -> Lock | None:
+def _constraint(text: str) -> Requirement:
+    try:
+        item = Requirement(text)
+    except InvalidRequirement as error:
+        raise UsageError(f"the constraint {text!r} is none ({str(error).splitlines()[0]}), expected such as 'torch<2.9'") from None
+    if not item.specifier or item.url or item.marker or item.extras:
+        raise UsageError(f"the constraint {text!r} bounds no version, expected such as 'torch<2.9'")
+    return item
+
+
+def find_lock(
+    platform: Platform, engines: Sequence[str], folder: Path, limits: Sequence[Requirement] = ()
+) -> Lock | None:
     """The lock in ``folder`` that fits, made for this very platform or for another that it also takes wheels of."""
     paths = sorted(folder.glob("*.txt"), key=lambda path: (platform.key in path.name, path.name), reverse=True)
     locks = (Lock.from_text(path.read_text("utf-8", "replace")) for path in paths)
-    return next((lock for lock in locks if lock.fits(platform, engines)), None)
+    return next((lock for lock in locks if lock.fits(platform, engines) and lock.keeps(limits)), None)
 
 
 def own_needs(platform: Platform, engines: Sequence[str]) -> list[Requirement]:
@@ -173,29 +204,34 @@ def own_needs(platform: Platform, engines: Sequence[str]) -> list[Requirement]:
 # -- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def choose(platform: Platform, engines: Sequence[str], progress: Progress = lambda step: None) -> Lock:
+def choose(
+    platform: Platform,
+    engines: Sequence[str],
+    progress: Progress = lambda step: None,
+    limits: Sequence[Requirement] = (),
+) -> Lock:
     """Ask the index for the newest wheels that fit ``platform`` and each other. Raises as ``prepare``."""
     roots = own_needs(platform, engines)
     _refuse_what_edge_infer_rules_out(platform, engines, roots)
     bounds: list[Requirement] = []
+    name = why = ""
     for _ in range(MOST_VERSIONS):
         progress(f"choosing wheels for {platform}")
         try:
-            found = _closed([*roots, *bounds, Requirement(INSTALLER)], platform)
+            found = _closed([*roots, *bounds, Requirement(INSTALLER)], limits, platform)
         except EngineMissing as error:
             if any(f"{item.name}<" in str(error) for item in bounds):
                 break  # there is none older
             raise
-        heavy = _heavy(found, platform)
-        if heavy is None:
+        passed = _passed_over(found, platform)
+        if passed is None:
             pins = [_pin_of(item) for item in found]
             return Lock(tuple(engines), tuple(sorted(pins, key=lambda pin: canonicalize_name(pin.project))))
-        name, version = heavy
-        progress(f"{name} {version} needs a graphics card's packages there; looking for an older one")
+        name, version, why = passed
+        progress(f"{name} {version} needs {why} there; looking for an older one")
         bounds = [item for item in bounds if item.name != name] + [Requirement(f"{name}<{version}")]
     raise EngineMissing(
-        f"every wheel of {bounds[0].name} for {platform} needs a graphics card's packages; set pip up with an "
-        "index that has one for the processor alone"
+        f"every wheel of {name} for {platform} needs {why}; set pip up with an index that has one without"
     )
 
 
@@ -216,13 +252,13 @@ def _no_wheel(what: str, platform: Platform, among: str = "") -> str:
     )
 
 
-def _closed(roots: list[Requirement], platform: Platform) -> list[dict[str, Any]]:
-    """pip's report on ``roots`` and all that they need there, found round by round."""
+def _closed(roots: list[Requirement], limits: Sequence[Requirement], platform: Platform) -> list[dict[str, Any]]:
+    """pip's report on ``roots`` and all that they need there within ``limits``, found round by round."""
     wanted = {str(item): item for item in roots}
     for _ in range(MOST_ROUNDS):
-        found = _report(list(wanted), platform)
+        found = _report(list(wanted), limits, platform)
         # An engine that is passed over anyway must not bring in what it needs.
-        if _heavy(found, platform) is not None:
+        if _passed_over(found, platform) is not None:
             return found
         needed = {str(item): item for row in found for item in _needs_of(row, wanted.values(), platform)}
         if needed.keys() <= wanted.keys():
@@ -249,11 +285,23 @@ def _needs(lines: Sequence[str], platform: Platform, extras: Sequence[str]) -> l
     return found
 
 
-def _heavy(found: list[dict[str, Any]], platform: Platform) -> tuple[str, str] | None:
-    """Name and version of a wheel that needs what only a graphics card does."""
+def _passed_over(found: list[dict[str, Any]], platform: Platform) -> tuple[str, str, str] | None:
+    """Name and version of a wheel that nobody wants there, and what it needs."""
     for row in found:
+        name, version = row["metadata"]["name"], row["metadata"]["version"].split("+")[0]
         if any(FOR_GPUS.match(canonicalize_name(item.name)) for item in _needs_of(row, (), platform)):
-            return row["metadata"]["name"], row["metadata"]["version"].split("+")[0]
+            return name, version, "a graphics card's packages"
+        if feature := lacking(name, version, platform):
+            return name, version, f"a processor with {feature}"
+    return None
+
+
+def lacking(name: str, version: str, platform: Platform) -> str | None:
+    """A feature that the wheel needs and the processor lacks; None also where the processor's are not known."""
+    for package, versions, architecture, feature in UNFIT:
+        concerned = canonicalize_name(name) == package and version in SpecifierSet(versions)
+        if concerned and platform.architecture == architecture and feature not in (platform.features or (feature,)):
+            return feature
     return None
 
 
@@ -273,11 +321,13 @@ def _pin(file: str, sha256: str) -> Pin:
 # -- pip --------------------------------------------------------------------------------------------------------------
 
 
-def _report(requirements: list[str], platform: Platform) -> list[dict[str, Any]]:
+def _report(requirements: list[str], limits: Sequence[Requirement], platform: Platform) -> list[dict[str, Any]]:
     """What pip would install, nothing more; one row a wheel."""
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        options = ["--dry-run", "--ignore-installed", "--no-deps", "--report", str(report), "--target", folder]
+        report, constraints = Path(folder) / "report.json", Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{item}\n" for item in limits))
+        options = ["--constraint", str(constraints)] if limits else []
+        options += ["--dry-run", "--ignore-installed", "--no-deps", "--report", str(report), "--target", folder]
         _pip(["install", *options, *platform.pip_arguments(), *requirements], platform)
         rows: list[dict[str, Any]] = json.loads(report.read_text("utf-8"))["install"]
     return rows
