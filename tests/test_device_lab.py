@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from lab import initrd, packages
+from lab import image, initrd, packages
 from lab.boards import KINDS, Lab
 from lab.emulator import Emulator
 from lab.network import Link
@@ -55,6 +56,50 @@ def test_modules_come_after_what_they_need_and_compressed_ones_are_unpacked(tmp_
     order = initrd.in_order(tmp_path, ("virtio_rng", "built_into_the_kernel", "virtio"))
     assert list(order) == ["virtio_ring", "virtio", "hw", "virtio_rng"]
     assert order["hw"] == b"\x7fELF\0depends=\0"
+
+
+# -- the first card ----------------------------------------------------------------------------------------------------
+
+
+def make_package(folder: Path, name: str, fields: str = "", preinst: str | None = None) -> None:
+    (folder / name / "DEBIAN").mkdir(parents=True)
+    (folder / name / "usr" / "share").mkdir(parents=True)
+    (folder / name / "usr" / "share" / name).write_text(name)
+    about = f"Package: {name}\nVersion: 1\nArchitecture: arm64\nMaintainer: nobody\nDescription: nothing\n{fields}"
+    (folder / name / "DEBIAN" / "control").write_text(about)
+    if preinst:
+        (folder / name / "DEBIAN" / "preinst").write_text(preinst)
+        (folder / name / "DEBIAN" / "preinst").chmod(0o755)
+    subprocess.run(["dpkg-deb", "-b", folder / name, folder / f"{name}_1_arm64.deb"], check=True, capture_output=True)
+    shutil.rmtree(folder / name)
+
+
+@pytest.mark.skipif(shutil.which("fakeroot") is None or shutil.which("dpkg") is None, reason="needs Debian's fakeroot")
+def test_packages_are_unpacked_and_nothing_of_them_is_run(tmp_path: Path) -> None:
+    archives, root = tmp_path / "archives", tmp_path / "root"
+    archives.mkdir()
+    script = f"#!/bin/sh\ntouch {tmp_path}/was-run\n"
+    make_package(archives, "program", "Pre-Depends: library, not-there\n", preinst=script)
+    make_package(archives, "library", "Multi-Arch: same\n", preinst=script)
+    packages.unpack(archives, root, tmp_path / "ownership", tmp_path / "log")
+    assert not (tmp_path / "was-run").exists()
+    assert (root / "usr" / "share" / "program").read_text() == "program"
+    database = root / "var" / "lib" / "dpkg"
+    for name in ("program", "library:arm64"):
+        assert (database / "info" / f"{name}.list").is_file()
+        assert (database / "info" / f"{name}.preinst").read_text() == script
+    assert (database / "status").read_text().count("Status: install ok unpacked") == 2
+
+
+@pytest.mark.parametrize(
+    "module, name", [(image, "BOOT"), (image, "CONFIGURE"), (packages, "UNPACK"), (initrd, "INIT")]
+)
+def test_a_card_is_made_anew_when_what_makes_it_changes(
+    monkeypatch: pytest.MonkeyPatch, module: object, name: str
+) -> None:
+    before = image.fingerprint()
+    monkeypatch.setattr(module, name, getattr(module, name) + "#")
+    assert image.fingerprint() != before
 
 
 # -- boards ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-#: What a board has devices for (ext4 asks for crc32c by a name that no module lists), and
+#: What a board has devices for (ext4 asks for crc32c by a name that no module lists), and what its link is made of (tc
+#: with netem, and ifb for what comes in).
 MODULES = (
     *("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "crc32c_generic", "ext4"),
     *("sch_netem", "sch_ingress", "act_mirred", "cls_matchall", "ifb"),
@@ -25,7 +26,7 @@ for module in $(/bin/busybox cat /modules/order); do /bin/busybox insmod /module
 # The journal is played back here after a power cut.
 /bin/busybox mount -t ext4 /dev/vda /root || { echo "no card"; exec /bin/busybox poweroff -f; }
 for step in $(/bin/busybox cat /proc/cmdline); do
-  case $step in second_stage) exec /bin/busybox chroot /root /bin/bash /second_stage;; esac
+  case $step in configure) exec /bin/busybox chroot /root /bin/bash /configure;; esac
 done
 for name in /own/*; do
   case $name in

@@ -1,4 +1,4 @@
-"""Debian's packages for arm64, fetched as this machine's apt is set up to, beside the packages of this machine."""
+"""Debian's packages for arm64, fetched and unpacked by this machine's apt and dpkg beside its own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import subprocess
 from pathlib import Path
 
 SUITE = "bookworm"
-#: Beyond debootstrap's minbase: what a device has before edge_infer comes, an init, and tools to make faults with.
-INCLUDE = ("busybox-static", "iproute2", "openssh-server", "procps", "python3", "python3-venv")
+#: The suite and what is added to it. apt refuses a suite that this machine's sources lack.
+RELEASE = f"/^{SUITE}(|-updates|-security)$/"
+#: The least Debian that can install more, what a device has before edge_infer comes, an init, and tools to make faults.
+INCLUDE = (
+    *("?essential", "?priority(required)", "apt", "usr-is-merged"),
+    *("busybox-static", "iproute2", "openssh-server", "procps", "python3", "python3-venv"),
+)
 #: Programs of this machine, and the Debian packages that they come in.
 NEEDED = {
     "apt-get": "apt",
-    "debootstrap": "debootstrap",
-    "dpkg-deb": "dpkg",
+    "dpkg": "dpkg",
     "fakeroot": "fakeroot",
     "mke2fs": "e2fsprogs",
     "qemu-system-aarch64": "qemu-system-arm",
@@ -22,6 +26,19 @@ NEEDED = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }
+
+#: Unpacking runs a package's preinst, which is arm64's, so that it is taken out before. What this machine's own dpkg
+#: leaves out (documentation, in many containers) is not left out of a board.
+UNPACK = """
+for one in *.deb; do
+  dpkg-deb -I "$one" preinst > /dev/null 2>&1 || continue
+  dpkg-deb -R "$one" files
+  mv files/DEBIAN/preinst "$(dpkg-deb -f "$one" Package)".preinst
+  dpkg-deb -b -Znone files "$one"
+  rm -r files
+done
+dpkg --root="$1" --force-architecture --force-depends --force-unsafe-io --path-include='*' --unpack *.deb
+"""
 
 
 def missing() -> list[str]:
@@ -50,22 +67,26 @@ def run(*command: str | os.PathLike[str], log: Path, cwd: Path | None = None, **
         )
 
 
-def unpack_root(root: Path, ownership: Path, log: Path) -> None:
-    """The first half of a Debian in ``root``: packages downloaded, the essential ones unpacked, nothing of them run.
+def unpack(archives: Path, root: Path, ownership: Path, log: Path) -> None:
+    """All packages of the folder ``archives`` in ``root`` as this machine's dpkg unpacks them, nothing of them run.
+
+    Their preinst scripts lie where dpkg keeps those of what is installed, to be run on a board before all others.
 
     ``ownership``: where fakeroot keeps who owns what, as the files themselves belong to who runs this.
     """
-    run(
-        *("fakeroot", "-s", ownership, "debootstrap", "--foreign", "--arch=arm64", "--variant=minbase"),
-        *(f"--include={','.join(INCLUDE)}", SUITE, root),
-        log=log,
-    )
-
-
-def expand(archives: Path, log: Path) -> None:
-    """Write packages anew without compression, which costs an emulated processor more than anything else."""
-    again = 'for one in *.deb; do dpkg-deb -R "$one" files; dpkg-deb -b -Znone files "$one"; rm -r files; done'
-    run("fakeroot", "sh", "-e", "-c", again, log=log, cwd=archives)
+    for name in ("bin", "sbin", "lib"):
+        (root / "usr" / name).mkdir(parents=True)
+        (root / name).symlink_to(f"usr/{name}")
+    database = root / "var/lib/dpkg"
+    for name in ("info", "updates"):
+        (database / name).mkdir(parents=True)
+    (database / "status").touch()
+    run("fakeroot", "-s", ownership, "sh", "-e", "-c", UNPACK, "unpack", root, log=log, cwd=archives)
+    kept = database / "info"
+    for script in archives.glob("*.preinst"):
+        # Of packages that may be there for several architectures, dpkg adds which.
+        name = script.stem if (kept / f"{script.stem}.list").is_file() else f"{script.stem}:arm64"
+        script.rename(kept / f"{name}.preinst")
 
 
 class Apt:
@@ -78,12 +99,18 @@ class Apt:
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "apt.conf").write_text(
             'APT::Architecture "arm64";\nAPT::Architectures "arm64";\nDebug::NoLocking "1";\nAPT::Sandbox::User "";\n'
+            f'APT::Default-Release "{RELEASE}";\n'
             f'Dir::State "{folder}/state";\nDir::State::status "/dev/null";\nDir::Cache "{folder}/cache";\n'
         )
         self._run("apt-get", "update")
 
     def _run(self, *command: str) -> None:
         run(*command, log=self.log, cwd=self.folder, APT_CONFIG=str(self.folder / "apt.conf"))
+
+    def fetch(self, *wanted: str) -> Path:
+        """The folder with the archives of the packages ``wanted`` and of all that they depend on."""
+        self._run("apt-get", "-y", "--no-install-recommends", "--download-only", "install", *wanted)
+        return self.folder / "cache" / "archives"
 
     def fetch_kernel(self, package: str) -> Path:
         """The unpacked folder of the kernel that the empty package ``package`` depends on."""
