@@ -18,7 +18,7 @@ from lab.boards import KERNELS, Lab
 CARD_BYTES = 8 * 2**30
 #: With its tables written here, or every board would write them in its first minutes.
 FILE_SYSTEM = ("-t", "ext4", "-L", "card", "-E", "lazy_itable_init=0,lazy_journal_init=0")
-#: Far beyond what configuring takes on a slow machine (2 minutes on two cores).
+#: Far beyond what configuring takes on a slow machine (5 minutes on two cores).
 CONFIGURE_S = 3600
 DONE = "configured"
 
