@@ -181,7 +181,9 @@ def _constraint(text: str) -> Requirement:
     try:
         item = Requirement(text)
     except InvalidRequirement as error:
-        raise UsageError(f"the constraint {text!r} is none ({str(error).splitlines()[0]}), expected such as 'torch<2.9'") from None
+        raise UsageError(
+            f"the constraint {text!r} is none ({str(error).splitlines()[0]}), expected such as 'torch<2.9'"
+        ) from None
     if not item.specifier or item.url or item.marker or item.extras:
         raise UsageError(f"the constraint {text!r} bounds no version, expected such as 'torch<2.9'")
     return item
