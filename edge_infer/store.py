@@ -192,8 +192,9 @@ class Store:
         descriptor = os.open(str(self.root / "lock"), flags, 0o644)
         try:
             self._wait_for_lock(descriptor, wait_s)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, who.encode("utf-8", "replace")[:200], 0)
+            with contextlib.suppress(OSError):  # a full disk has no room for the name, and needs a collection
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, who.encode("utf-8", "replace")[:200], 0)
             yield
         finally:
             os.close(descriptor)

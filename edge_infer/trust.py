@@ -255,9 +255,12 @@ def _principal(wanted: Demand, statement: bytes, armored: bytes, key: str, at: S
                             "that file is none that ssh-keygen can read; sign with another key"
                         )
                 return principal.encode("utf-8", "replace").decode("utf-8")
+    other = "list this one: edge-infer trust DEVICE --key FILE.pub --principal NAME"
+    if b"verify time" in reasons:
+        other = "set this device's clock, if that is not the time: edge-infer doctor DEVICE"
     raise BundleError(
         f"the signature is by the key {key}, which {wanted.path} does not allow{_words(reasons)}; sign with a key "
-        "that is listed there, or list this one: edge-infer trust DEVICE --key FILE.pub --principal NAME"
+        f"that is listed there, or {other}"
     )
 
 

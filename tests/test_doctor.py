@@ -26,7 +26,7 @@ FACTS: dict[str, Any] = {
         "libc": "glibc", "libc_version": "2.36", "venv": True, "executable": "/usr/bin/python3.11",
     },
     "kernel": "Linux 6.12.25", "page_size_bytes": 16384, "ram_bytes": 512_000_000, "available_bytes": 300_000_000,
-    "free_bytes": 4_000_000_000, "reserve_bytes": 16_777_216, "writable": True, "time": NOW + 0.5,
+    "free_bytes": 4_000_000_000, "reserve_bytes": 16_777_216, "writable": True, "read_only": None, "time": NOW + 0.5,
     "store": "/home/pi/.edge-infer", "current": "aa", "previous": "bb", "by_hand": False, "environments": ["aa", "bb"],
     "environment": {"engines": ["onnx"], "python": "3.11.2"}, "engines": ["onnx"], "formats": ["onnx"],
     "serving": {
@@ -74,6 +74,7 @@ def test_a_device_that_lacks_nothing() -> None:
         ({"platform": {"bits": 32}}, "system", "wrong", "aarch64, 32-bit Python", "install the 64-bit system"),
         ({"free_bytes": 0}, "storage", "wrong", "0 B free beyond a reserve of 16.8 MB", "free some space at /home/pi"),
         ({"writable": False}, "storage", "wrong", "cannot be written", "sudo chown -R $USER /home/pi/.edge-infer"),
+        ({"writable": False, "read_only": "/"}, "storage", "wrong", "read-only", "there: sudo mount -o remount,rw /;"),
         ({"time": NOW - 86_400}, "clock", "wrong", "86,400 s behind this machine's", "timedatectl set-ntp true"),
         ({"time": NOW + 86_401}, "clock", "wrong", "86,400 s ahead of this machine's", "timedatectl set-ntp true"),
         ({"time": NOW + 31}, "clock", "ok", "30 s ahead of this machine's", ""),

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 from edge_infer import admission, trust
-from edge_infer.deploy.device import RESERVE_BYTES, ask_python, cpu_features, facts, free_bytes, serving_python
+from edge_infer.deploy.device import (
+    RESERVE_BYTES,
+    ask_python,
+    cpu_features,
+    facts,
+    free_bytes,
+    read_only_mount,
+    serving_python,
+)
 from edge_infer.deploy.venvs import Venvs
 from edge_infer.errors import EdgeInferError
 from edge_infer.manifest import FORMATS
@@ -91,6 +99,7 @@ def examine(store: Store, python: Optional[str], timeout_s: float) -> Dict[str, 
         "available_bytes": _available(),
         "reserve_bytes": RESERVE_BYTES,
         "writable": _writable(store.root),
+        "read_only": read_only_mount(store.root),
         "environment": venvs.facts(found["current"] or ""),
         "environments": venvs.names(),
         "serving": _serving(store.root, serving),

@@ -18,6 +18,8 @@ from edge_infer.store import Store
 
 #: Left free on the device's storage: a full disk breaks more than a push.
 RESERVE_BYTES = 16 * 1024 * 1024
+#: What helps where the storage takes no writes.
+WRITABLE_AGAIN = "sudo mount -o remount,rw {mount}; if nobody mounted it so, dmesg says what failed"
 
 #: Asks the Python that will serve for its version and engines, without importing any.
 ENGINES_SCRIPT = """
@@ -53,10 +55,23 @@ def facts(root: Path, python: str) -> Dict[str, Any]:
 
 def free_bytes(root: Path) -> int:
     """Free space for this user where ``root`` is, or will be made."""
-    while not root.exists():
-        root = root.parent
-    numbers = os.statvfs(str(root))
+    numbers = os.statvfs(str(_existing(root)))
     return numbers.f_bavail * numbers.f_frsize
+
+
+def read_only_mount(root: Path) -> Optional[str]:
+    """Where the file system that ``root`` is on, or will be, is mounted if it takes no writes, whoever asks."""
+    folder = _existing(root.absolute())
+    if not os.statvfs(str(folder)).f_flag & os.ST_RDONLY:
+        return None
+    return str(next(path for path in (folder, *folder.parents) if path.is_mount() or path == path.parent))
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the first folder above it that there is."""
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def cpu_features(path: str = "/proc/cpuinfo") -> List[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from edge_infer.admission import TIMEOUT_S
 from edge_infer.deploy.conversation import Conversation
+from edge_infer.deploy.device import WRITABLE_AGAIN
 from edge_infer.deploy.local import LocalTransport
 from edge_infer.deploy.plan import OLDEST_PYTHON
 from edge_infer.deploy.provision import FOR_FORMAT, MORE
@@ -105,6 +106,9 @@ def _memory(facts: Mapping[str, Any]) -> Line:
 
 def _disk(facts: Mapping[str, Any]) -> Line:
     text = f"{size(facts['free_bytes'])} free beyond a reserve of {size(facts['reserve_bytes'])}"
+    if facts["read_only"]:
+        what = f"{facts['store']} is on a read-only file system: what is there answers, nothing can be pushed"
+        return wrong("storage", what, f"there: {WRITABLE_AGAIN.format(mount=facts['read_only'])}")
     if not facts["writable"]:
         return wrong("storage", f"{facts['store']} cannot be written", f"there: sudo chown -R $USER {facts['store']}")
     if not facts["free_bytes"]:

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, T
 from edge_infer import admission, trust
 from edge_infer.bundle import open_bundle
 from edge_infer.delta import codecs
-from edge_infer.deploy.device import facts, serving_python
+from edge_infer.deploy.device import WRITABLE_AGAIN, facts, read_only_mount, serving_python
 from edge_infer.deploy.incoming import Incoming, known_digests
 from edge_infer.deploy.signers import trust_request
 from edge_infer.deploy.trial import wait_for_health
@@ -340,7 +340,14 @@ def _is_valid(name: str, value: Any, kinds: Tuple[type, ...]) -> bool:
 def _device_error(error: OSError, root: Path) -> DeviceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DeviceError(
-            f"the device's storage at {root} is full; free some space and push again, it goes on from here"
+            f"the device's storage at {root} is full; free some space there and run the same again (a push goes on "
+            "from here)"
+        )
+    if error.errno == errno.EROFS:
+        mend = WRITABLE_AGAIN.format(mount=read_only_mount(root) or "/")
+        return DeviceError(
+            f"the device's storage at {root} is read-only, so what it serves stays as it is; make it writable and run "
+            f"the same again (there: {mend})"
         )
     return DeviceError(f"the device reports: {error}")
 

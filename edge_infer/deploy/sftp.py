@@ -42,6 +42,8 @@ LARGEST_REQUEST_BYTES = 255 * 1024
 READ_AHEAD = 32
 #: A pointer file is a few lines.
 POINTER_BYTES = 4096
+#: SSH_FXE_STATVFS_ST_RDONLY (OpenSSH, PROTOCOL, 4.4).
+STATVFS_READ_ONLY = 1
 
 PROMISES = (
     "no self-test: nothing has run the model there, the first load will be the first try",
@@ -124,7 +126,13 @@ class _Push:
         return list(pointer.digests[1 if pointer.pending else 0 :])
 
     def plan(self, read_back: bool) -> list[Step]:
-        """The steps. Raises DeviceError when the server cannot rename in one step or has too little space."""
+        """The steps. Raises DeviceError when the server cannot write, or rename in one step, or has no room."""
+        storage = self._device.storage(self._root)
+        if storage and storage[1]:
+            raise self._device.error(
+                f"the storage at {self._root} is read-only, so what it serves stays as it is; make it writable there "
+                "and push again"
+            )
         if not self._device.renames():
             raise self._device.error(
                 "its SFTP server has no posix-rename@openssh.com, so no release can be put to use in one step; "
@@ -135,7 +143,7 @@ class _Push:
         if self._present:
             steps.append(Step("keep", f"release {self._bundle.digest[:12]}"))
         else:
-            steps += self._sends()
+            steps += self._sends(storage[0] if storage else None)
             if read_back:
                 steps.append(Step("read back", self._bundle.digest[:12]))
         return [*steps, Step("activate", self._name)]
@@ -153,14 +161,14 @@ class _Push:
             device.hash(f"{self._release}/{name}", entry.size) == entry.sha256 for name, entry in manifest.files.items()
         )
 
-    def _sends(self) -> list[Step]:
+    def _sends(self, free: int | None) -> list[Step]:
         have = self._device.sizes(self._staging)
         steps = []
         for name, entry in sorted(self._bundle.manifest.files.items()):
             offset = have.get(name, 0) if 0 < have.get(name, 0) <= entry.size else 0
             is_there = have.get(name) == entry.size
             steps.append(Step("keep", name) if is_there else Step("send", name, entry.size - offset, offset))
-        free, needed = self._device.free_bytes(self._root), sum(step.size for step in steps)
+        needed = sum(step.size for step in steps)
         if free is not None and needed > free - RESERVE_BYTES:
             raise self._device.error(
                 f"the push needs {needed:,} bytes, the device has {max(0, free - RESERVE_BYTES):,} free beyond its "
@@ -296,13 +304,17 @@ class _Device:
         _packet, read, write = (int(answer.get_int64()) for _ in range(3))
         return min([LARGEST_REQUEST_BYTES, *(limit for limit in (read, write) if limit)])
 
-    def free_bytes(self, path: str) -> int | None:
-        """What the user may still write below ``path``, which need not exist yet; None when the server does not say."""
+    def storage(self, path: str) -> tuple[int, bool] | None:
+        """What the user may still write below ``path``, which need not exist yet, and whether it is read-only.
+
+        None when the server does not say.
+        """
         answer = self._extended("statvfs@openssh.com", path if self.exists(path) else ".")
         if answer is None:
             return None
-        _block, fragment, _blocks, _free, available = (int(answer.get_int64()) for _ in range(5))
-        return fragment * available
+        numbers = [int(answer.get_int64()) for _ in range(10)]
+        # Block and fragment size, blocks: all, free, and for this user; three for inodes, an identity, flags.
+        return numbers[1] * numbers[4], bool(numbers[9] & STATVFS_READ_ONLY)
 
     def renames(self) -> bool:
         """Whether the server can put one file in another's place in one step."""
