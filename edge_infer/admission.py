@@ -17,8 +17,15 @@ from typing import Any, Dict, List, Mapping, Optional
 from edge_infer import errors
 from edge_infer.errors import DeviceError, EdgeInferError, EngineMissing, OutOfMemory, SelfTestFailed
 
-#: A model that has not answered its few golden questions by then never will.
+#: A model of few megabytes that has not answered its few golden questions by then never will.
 TIMEOUT_S = 120.0
+
+#: What a slow card and processor get through of a model while it is read, laid out, written and read again. Cards of
+#: speed class 10 promise 10 MB a second of writing: https://www.sdcard.org/developers/sd-standard-overview/speed-class/
+SLOW_BYTES_PER_S = 4_000_000
+
+#: How long the child may take that asks the golden questions, for what it starts itself.
+PATIENCE = "EDGE_INFER_PATIENCE_S"
 
 #: An error may quote what it was given, which may be megabytes.
 MESSAGE_CHARS = 4000
@@ -41,11 +48,30 @@ def self_test(
 ) -> Dict[str, Any]:
     """Let ``python`` open the bundle with its own engine and ask the golden questions; gives its report.
 
-    ``memory_bytes`` is the most private memory that the child may take, Python and engine included; mapped files do
-    not count. Raises SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
+    ``timeout_s`` is how long that may take, beside a second for each SLOW_BYTES_PER_S of the bundle. ``memory_bytes``
+    is the most private memory that the child may take, Python and engine included; mapped files do not count. Raises
+    SelfTestFailed, OutOfMemory, EngineMissing, or what the child itself raised.
     """
     limit = [] if memory_bytes is None else ["--max-memory", str(memory_bytes)]
-    return run_child(python, ["selftest", str(bundle.absolute()), *limit], timeout_s)
+    patience_s = timeout_s + slow_s(bundle)
+    arguments = ["selftest", str(bundle.absolute()), *limit]
+    return run_child(python, arguments, patience_s, {PATIENCE: str(patience_s)})
+
+
+def slow_s(folder: Path) -> int:
+    """Seconds that a slow card needs for the files in ``folder``; 0 for a small model, and where there is nothing."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir()) // SLOW_BYTES_PER_S
+    except OSError:
+        return 0
+
+
+def patience_s() -> float:
+    """How long the process that asks the golden questions may take, if this is it or one that it started; else 0."""
+    try:
+        return float(os.environ[PATIENCE])
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def run_child(

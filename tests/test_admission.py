@@ -13,7 +13,7 @@ import pytest
 from handmade import make_bundle, rebuild
 
 from edge_infer import errors
-from edge_infer.admission import describe, run_child, self_test
+from edge_infer.admission import describe, run_child, self_test, slow_s
 from edge_infer.admission import rebuild as rebuild_error
 from edge_infer.bundle import Bundle
 from edge_infer.errors import (
@@ -183,6 +183,14 @@ def test_a_hanging_child_is_stopped(script: Script, tmp_path: Path) -> None:
     with pytest.raises(SelfTestFailed, match=r"no answer within 0\.4 s; the engine hangs or the device is too slow"):
         self_test(NOWHERE, python, timeout_s=0.4)
     assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+
+
+def test_a_large_model_is_given_the_time_of_a_slow_card(script: Script, tmp_path: Path) -> None:
+    """And so is what the child starts itself, which is told."""
+    with (tmp_path / "weights.bin").open("wb") as file:
+        file.truncate(100_000_000)
+    assert slow_s(tmp_path) == 25 and slow_s(NOWHERE) == 0
+    assert self_test(tmp_path, script('echo "{\\"patience\\": $EDGE_INFER_PATIENCE_S}"'), 0.5) == {"patience": 25.5}
 
 
 def test_a_child_that_ends_without_an_answer_is_quoted(script: Script) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from handmade import rebuild, settle
 
-from edge_infer import Pool, load
+from edge_infer import Pool, admission, load
 from edge_infer.bundle import Bundle, open_bundle
 from edge_infer.errors import BundleError
 from edge_infer.runtime import engine_cache, tidy
@@ -207,6 +207,24 @@ def test_a_builder_that_is_killed_costs_that_load_the_cache_and_no_later_one(bun
         assert session.info.notes == ()
         self_test(session)
     assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 60), ({"EDGE_INFER_PATIENCE_S": "600.0"}, 300)])
+def test_a_builder_has_half_the_time_of_the_self_test_that_it_is_part_of(
+    packaged: Callable[..., Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    expected: int,
+) -> None:
+    """And where it is part of none, a minute for a small model."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    limits: list[float] = []
+    monkeypatch.setattr(admission, "run_child", lambda python, arguments, seconds: limits.append(seconds))
+    bundle = packaged(SOURCES["onnx"], "onnx", "float32")
+    assert engine_cache.prepare_in_child(bundle, tmp_path, engine_cache.Build()) == ""
+    assert limits == [expected]
 
 
 def test_processes_that_make_the_same_at_once_all_answer(packaged: Callable[..., Bundle], tmp_path: Path) -> None:

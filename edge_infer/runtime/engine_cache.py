@@ -42,8 +42,8 @@ SMALLEST_BYTES = 2**20
 MOST_TIMES = 2
 #: An entry's last use is noted no more often than that.
 NOTED_S = 600.0
-#: A child that has not opened a model and asked its golden questions by then hangs. Half of what a self-test may take
-#: (``admission.TIMEOUT_S``), which goes on with the plain way after that.
+#: A child that has not opened a small model and asked its golden questions by then hangs. Half of what a self-test may
+#: take (``admission.TIMEOUT_S``), which goes on with the plain way after that.
 CHILD_S = 60.0
 
 
@@ -61,7 +61,8 @@ class Entry(Record):
 
 @dataclass(eq=False, repr=False)
 class Build(Record):
-    """How a child is asked to make an entry: more arguments of ``prepare``, and how long it may take if not CHILD_S."""
+    """How a child is asked to make an entry: more arguments of ``prepare``, and how long it may take if not CHILD_S
+    beside what a slow card needs for the bundle."""
 
     arguments: tuple[str, ...] = ()
     seconds: float | None = None
@@ -201,7 +202,8 @@ def prepare_in_child(bundle: Bundle, folder: Path, build: Build) -> str:
     try:
         # Absolute, since the child's current folder is another one.
         arguments = ["prepare", str(bundle.path.absolute()), str(folder.absolute()), *build.arguments]
-        admission.run_child(sys.executable, arguments, build.seconds or CHILD_S)
+        limit_s = (build.seconds or CHILD_S) + admission.slow_s(bundle.path)
+        admission.run_child(sys.executable, arguments, max(limit_s, admission.patience_s() / 2))
     except (EngineError, InputError, SelfTestFailed) as error:
         if isinstance(error, OutOfMemory):
             raise OSError(str(error)) from error
