@@ -22,6 +22,7 @@ from edge_infer.bundle import Bundle, write_bundle
 from edge_infer.errors import OutOfMemory, UsageError
 from edge_infer.manifest import Artifact, Golden, Requirement, TensorSpec
 from edge_infer.runtime import memory
+from edge_infer.runtime.engines import engine_error
 from edge_infer.runtime.golden import write_golden
 
 SOURCES = {"tflite": "keras.keras", "onnx": "torch.onnx", "torchscript": "torch_script.pt"}
@@ -89,6 +90,7 @@ import onnxruntime
 from edge_infer import load
 from edge_infer.errors import OutOfMemory
 from edge_infer.runtime import memory
+from edge_infer.runtime.engines import engine_error
 before = memory.private_bytes()
 try:
     load({str(dense.path)!r}, cache_dir={str(no_cache)!r}, max_memory={40 * MEGABYTE})
@@ -184,6 +186,7 @@ import onnxruntime
 from edge_infer import load
 from edge_infer.errors import OutOfMemory
 from edge_infer.runtime import memory
+from edge_infer.runtime.engines import engine_error
 limit = memory._kilobytes("/proc/self/status")["VmData"] * 1024 + 24 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
@@ -194,6 +197,43 @@ except OutOfMemory as error:
     )
     assert "tiny takes at least 33," in done.stdout and "the system has " in done.stdout, done.stderr
     assert done.returncode == 0
+
+
+def test_a_child_that_is_held_to_an_amount_may_map_more(dense: Bundle, tmp_path: Path) -> None:
+    """The system counts maps that may be written as data."""
+    load(dense.path, cache_dir=tmp_path).close()
+    done = in_child(
+        f"""
+from pathlib import Path
+import onnxruntime
+from edge_infer import load
+from edge_infer.bundle import open_bundle
+from edge_infer.errors import OutOfMemory
+from edge_infer.runtime import memory, room
+bundle = open_bundle(Path({str(dense.path)!r}))
+room.limit(bundle, memory._kilobytes("/proc/self/status")["VmData"] * 1024 + 24 * 2**20)
+with load(bundle.path, threads=1, cache_dir={str(tmp_path)!r}) as session:
+    session.warm_up()
+    print("answered", *session.info.notes)
+    room.require_within(bundle, memory.private_bytes() + 2**20)
+    try:
+        room.require_within(bundle, memory.private_bytes() - 2**20)
+    except OutOfMemory as error:
+        print(error)
+try:
+    bytearray(200 * 2**20)
+except MemoryError:
+    print("limited")
+"""
+    )
+    answered, refused, limited = done.stdout.splitlines()
+    assert answered == "answered" and limited == "limited", done.stderr
+    assert "with tiny open the process has " in refused
+
+
+def test_an_engine_that_the_linker_finds_no_memory_for_is_a_lack_of_memory() -> None:
+    error = engine_error(OSError("libLiteRt.so: failed to map segment from shared object"), "cannot open it")
+    assert isinstance(error, OutOfMemory)
 
 
 def groups(tmp_path: Path, own: str, files: dict[str, str]) -> int:

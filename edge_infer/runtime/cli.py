@@ -204,12 +204,7 @@ def _confirm(args: argparse.Namespace) -> Any:
 
 def _selftest(args: argparse.Namespace) -> Any:
     _commands().memory.be_killed_first()
-    if args.max_memory:
-        import resource
-
-        # Private memory; RLIMIT_AS would count mapped weights as well.
-        resource.setrlimit(resource.RLIMIT_DATA, (args.max_memory, args.max_memory))
-    return _commands().selftest(args.bundle)
+    return _commands().selftest(args.bundle, args.max_memory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

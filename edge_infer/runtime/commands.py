@@ -17,7 +17,7 @@ from edge_infer import trust
 from edge_infer.bundle import Bundle
 from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.manifest import SetScore, to_json
-from edge_infer.runtime import memory, plan, thermal
+from edge_infer.runtime import memory, plan, room, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
 from edge_infer.runtime.golden import read_golden, self_test
@@ -97,10 +97,18 @@ def verify(source: Source) -> dict[str, Any]:
     )
 
 
-def selftest(source: Source) -> dict[str, Any]:
-    """Open the bundle with this device's engine and ask the golden questions."""
+def selftest(source: Source, max_memory: int | None = None) -> dict[str, Any]:
+    """Open the bundle with this device's engine and ask the golden questions.
+
+    ``max_memory``: the most private memory in bytes that this process may take, Python and the engine included. It is
+    held to that from now on, as far as the system can. Raises OutOfMemory.
+    """
+    if max_memory is not None:
+        room.limit(find_bundle(source), max_memory)
     with load(source) as session:
         worst = self_test(session)
+        if max_memory is not None:
+            room.require_within(session.bundle, max_memory)
         return {"engine": dataclasses.asdict(session.info), "largest_difference": worst}
 
 

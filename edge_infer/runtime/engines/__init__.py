@@ -36,10 +36,11 @@ EXTRAS = {
     "torch": "torch",
 }
 
-#: Of C++, the system, ONNX Runtime and torch; then of TensorRT, cuBLAS and cuDNN.
+#: Of C++, the system, its linker, ONNX Runtime and torch; then of TensorRT, cuBLAS and cuDNN.
 OUT_OF_MEMORY_WORDS = (
     "bad_alloc",
     "out of memory",
+    "failed to map segment",
     "Failed to allocate",
     "can't allocate memory",
     "Cannot allocate",
