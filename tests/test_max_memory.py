@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,14 +17,15 @@ import onnx
 import pytest
 from handmade import manifest_for, settle
 from onnx import TensorProto, helper, numpy_helper
+from tflite_models import Net
 
 from edge_infer import Pool, load
 from edge_infer.bundle import Bundle, write_bundle
 from edge_infer.errors import OutOfMemory, UsageError
 from edge_infer.manifest import Artifact, Golden, Requirement, TensorSpec
-from edge_infer.runtime import memory
+from edge_infer.runtime import engine_cache, memory
 from edge_infer.runtime.engines import engine_error
-from edge_infer.runtime.golden import write_golden
+from edge_infer.runtime.golden import self_test, write_golden
 
 SOURCES = {"tflite": "keras.keras", "onnx": "torch.onnx", "torchscript": "torch_script.pt"}
 MEGABYTE = 2**20
@@ -90,7 +92,6 @@ import onnxruntime
 from edge_infer import load
 from edge_infer.errors import OutOfMemory
 from edge_infer.runtime import memory
-from edge_infer.runtime.engines import engine_error
 before = memory.private_bytes()
 try:
     load({str(dense.path)!r}, cache_dir={str(no_cache)!r}, max_memory={40 * MEGABYTE})
@@ -177,25 +178,86 @@ def in_child(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_a_model_that_the_process_may_not_hold_is_refused(dense: Bundle, no_cache: Path) -> None:
-    """A real limit, which the engine would run into."""
+def test_weights_that_there_is_no_memory_to_repack_are_mapped_as_they_are(
+    dense: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No child is started for it, which the system would kill; the next load where there is room repacks them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda: WEIGHTS + 16 * MEGABYTE)
+        before = memory.private_bytes()
+        with load(dense.path, cache_dir=tmp_path) as session:
+            (note,) = session.info.notes
+            assert "weights are not repacked, which is slower: it takes 134,217,728 bytes of private" in note
+            self_test(session)
+            assert memory.private_bytes() - before < WEIGHTS / 2
+    with load(dense.path, cache_dir=tmp_path) as session:
+        assert session.info.notes == ()
+    kept = [json.loads(path.read_text())["facts"].get("prepack") for path in tmp_path.glob("*/entry.json")]
+    assert sorted(map(str, kept)) == ["False", "None"]
+
+
+def test_where_the_child_that_repacks_is_killed_for_memory_the_caller_does_not_try(
+    dense: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine_cache.prepare_in_child
+
+    def prepare(bundle: Bundle, folder: Path, build: engine_cache.Build) -> str:
+        if build.private_bytes:
+            raise OutOfMemory("the process that opened the model ended with SIGKILL")
+        return whole(bundle, folder, build)
+
+    monkeypatch.setattr(engine_cache, "prepare_in_child", prepare)
+    with load(dense.path, cache_dir=tmp_path) as session:
+        (note,) = session.info.notes
+        assert note == "weights are not repacked, which is slower: the process that opened the model ended with SIGKILL"
+        self_test(session)
+
+
+def test_without_a_cache_weights_are_mapped_where_there_is_no_memory_to_repack_them(
+    dense: Bundle, no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: WEIGHTS + 16 * MEGABYTE)
+    before = memory.private_bytes()
+    with load(dense.path, cache_dir=no_cache) as session:
+        assert (
+            "not repacked, which is slower: it takes 67,108,864 bytes of private memory, the system has 83,886,080"
+            in session.info.notes[0]
+        )
+        self_test(session)
+        assert memory.private_bytes() - before < WEIGHTS / 2
+
+
+def test_a_model_that_the_process_may_not_hold_is_refused(dense: Bundle, no_cache: Path, tmp_path: Path) -> None:
+    """A real limit, which the engine would run into: what an interpreter repacks is known beforehand."""
+    net = Net()
+    x = net.input("x", (None, WIDTH))
+    y = net.dense(x, "layer", np.eye(WIDTH, dtype=np.float32))
+    (tmp_path / "parts").mkdir()
+    net.finish(tmp_path / "parts" / "model.tflite", {"x": x}, {"y": y})
+    shutil.copyfile(dense.file("golden.npz"), tmp_path / "parts" / "golden.npz")
+    artifact = Artifact(
+        "tflite", "float32", "model.tflite", (Requirement("ai-edge-litert", "1.4.0"),), ("FULLY_CONNECTED",), ("cpu",),
+        signature="serving_default",
+    )  # fmt: skip
+    names = ("model.tflite", "golden.npz")
+    manifest = manifest_for(tmp_path / "parts", dict.fromkeys(names, b""), artifact=artifact)
+    bundle = write_bundle(manifest, tmp_path / "parts", tmp_path / "eye.edge")
     done = in_child(
         f"""
 import resource
-import onnxruntime
+import ai_edge_litert.interpreter
 from edge_infer import load
 from edge_infer.errors import OutOfMemory
 from edge_infer.runtime import memory
-from edge_infer.runtime.engines import engine_error
-limit = memory._kilobytes("/proc/self/status")["VmData"] * 1024 + 24 * 2**20
+limit = memory._kilobytes("/proc/self/status")["VmData"] * 1024 + 8 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    load({str(dense.path)!r}, threads=1, cache_dir={str(no_cache)!r})
+    load({str(bundle.path)!r}, threads=1, cache_dir={str(no_cache)!r})
 except OutOfMemory as error:
     print(error)
 """
     )
-    assert "tiny takes at least 33," in done.stdout and "the system has " in done.stdout, done.stderr
+    assert "tiny takes at least 16," in done.stdout and "the system has " in done.stdout, done.stderr
     assert done.returncode == 0
 
 

@@ -28,6 +28,7 @@ from edge_infer.bundle import Bundle, describe_files, read_plain_file, sync_dire
 from edge_infer.errors import EdgeInferError, EngineError, InputError, OutOfMemory, SelfTestFailed
 from edge_infer.manifest import FileEntry, seal
 from edge_infer.records import Record
+from edge_infer.runtime import memory
 
 ENTRY_NAME = "entry.json"
 #: Changes when what is made, or how, changes in a way that the key does not show.
@@ -46,14 +47,18 @@ NOTED_S = 600.0
 #: take (``admission.TIMEOUT_S``), which goes on with the plain way after that.
 CHILD_S = 60.0
 
+#: Private memory of a child beside that for the model: Python, numpy and an engine.
+CHILD_BYTES = 64 * 2**20
+
 
 @dataclass(eq=False, repr=False)
 class Entry(Record):
-    """What was made. ``failed``: the sentence why nothing was."""
+    """What was made. ``failed``: the sentence why nothing was; ``lacks_memory``: because of memory, this time."""
 
     path: Path
     files: Mapping[str, FileEntry]
     failed: str = ""
+    lacks_memory: bool = False
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -62,10 +67,14 @@ class Entry(Record):
 @dataclass(eq=False, repr=False)
 class Build(Record):
     """How a child is asked to make an entry: more arguments of ``prepare``, and how long it may take if not CHILD_S
-    beside what a slow card needs for the bundle."""
+    beside what a slow card needs for the bundle.
+
+    ``private_bytes``: the private memory that it takes for the model. It is not tried where there is less.
+    """
 
     arguments: tuple[str, ...] = ()
     seconds: float | None = None
+    private_bytes: int = 0
 
 
 AS_USUAL = Build()
@@ -104,8 +113,9 @@ class EngineCache:
         """Let ``make`` fill a folder, and keep it.
 
         ``make`` gives an empty text, or the sentence why this model has no such files, which is kept in their place so
-        that it is not tried at each load. It raises OSError for what may pass, such as a full disk; so does a folder
-        that cannot be written, and nothing is kept then. Of two processes that build the same, the first one's stays.
+        that it is not tried at each load. It raises OSError or OutOfMemory for what may pass, such as a full disk; so
+        does a folder that cannot be written, and nothing is kept then. Of two processes that build the same, the first
+        one's stays.
         """
         import shutil  # here, since their import takes longer than opening a model
         import tempfile
@@ -123,8 +133,8 @@ class EngineCache:
                 aside.rename(self.path)
             sync_directory(self.path.parent)
             self._tidy()
-        except OSError as error:
-            return Entry(self.path, {}, str(error))
+        except (OSError, OutOfMemory) as error:
+            return Entry(self.path, {}, str(error), isinstance(error, OutOfMemory))
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         return self.find() or Entry(self.path, {}, f"what was built in {self.path} is gone again")
@@ -195,10 +205,12 @@ def entry(bundle: Bundle, folder: Path, facts: Mapping[str, str], verify: str, b
 def prepare_in_child(bundle: Bundle, folder: Path, build: Build) -> str:
     """Let a child open the bundle with an engine that fills ``folder``, and ask it the golden questions.
 
-    Gives an empty text, or the sentence why it must not be tried again. Raises OSError for what may pass.
+    Gives an empty text, or the sentence why it must not be tried again. Raises OSError or OutOfMemory for what may
+    pass.
     """
     from edge_infer import admission
 
+    _require_memory(build)
     try:
         # Absolute, since the child's current folder is another one.
         arguments = ["prepare", str(bundle.path.absolute()), str(folder.absolute()), *build.arguments]
@@ -206,12 +218,21 @@ def prepare_in_child(bundle: Bundle, folder: Path, build: Build) -> str:
         admission.run_child(sys.executable, arguments, max(limit_s, admission.patience_s() / 2))
     except (EngineError, InputError, SelfTestFailed) as error:
         if isinstance(error, OutOfMemory):
-            raise OSError(str(error)) from error
+            raise
         _require_room(folder, MOST_TIMES * bundle.manifest.size)  # engines have many words for a full disk
         return str(error)
     except EdgeInferError as error:
         raise OSError(str(error)) from error
     return ""
+
+
+def _require_memory(build: Build) -> None:
+    """Raise OutOfMemory rather than have the system look for someone to kill."""
+    if not build.private_bytes:
+        return
+    takes, has = build.private_bytes + CHILD_BYTES, memory.available_bytes()
+    if takes > has:
+        raise OutOfMemory(f"it takes {takes:,} bytes of private memory in a child, the system has {has:,}")
 
 
 def _require_room(folder: Path, size: int) -> None:

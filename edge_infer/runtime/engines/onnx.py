@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_infer.errors import BundleError, EngineError, EngineMissing
-from edge_infer.runtime import engine_cache, room
+from edge_infer.runtime import engine_cache, memory, room
 from edge_infer.runtime.buffers import Buffers, zeros
 from edge_infer.runtime.engine_cache import Build, Entry, engine_build
 from edge_infer.runtime.engines import EngineInfo, EngineOptions, engine_error, missing, require_version
@@ -31,6 +31,8 @@ CPU_ONLY = [providers.NAMES["cpu"]]
 #: TensorRT tries many kernels for each layer, which takes minutes on a small board.
 TENSORRT_S = 900.0
 FAILED = "ONNX Runtime failed while running the model"
+#: Of the memory that there is, what repacking weights has to leave.
+SPARED_BYTES = engine_cache.CHILD_BYTES
 
 #: In the engine cache: the optimized model, and how it is written.
 MODEL = "model.onnx"
@@ -153,33 +155,48 @@ def _open_on_cpu(bundle: Bundle, options: EngineOptions, adjust: Callable[[Any],
     import onnxruntime
 
     notes: tuple[str, ...] = ("idle threads spin",) if options.spinning else ()
+    entry = _laid_out(bundle, options)
+    if why := _why_not_repacked(bundle, options, entry):
+        notes = (*notes, f"weights are not repacked, which is slower: {why}")
+        options = replace(options, prepack=False)
+        entry = _laid_out(bundle, options)
     model = bundle.file(bundle.manifest.artifact.model)
     settings = session_options(bundle, options.threads, options.spinning, options.prepack)
-    laid_out = False
-    if options.cache is not None and engine_cache.worth_it(bundle):
-        entry = _laid_out(bundle, options, options.cache)
-        laid_out = not entry.failed
-        if laid_out:
-            model = entry.file(MODEL)
-            settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
-        else:
-            notes = (*notes, f"weights are laid out in private memory: {entry.failed}")
-    if not laid_out:
-        room.require(bundle, _least_private(bundle, options.prepack), options.max_memory)
+    if entry is not None and not entry.failed:
+        model = entry.file(MODEL)
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
+    else:
+        room.require(bundle, _least_private(bundle, options), options.max_memory)
+        notes = (*notes, f"weights are laid out in private memory: {entry.failed}") if entry else notes
     adjust(settings)
     session = onnxruntime.InferenceSession(str(model), settings, providers=CPU_ONLY, enable_fallback=0)
     info = EngineInfo(_package(onnxruntime), onnxruntime.__version__, "cpu", options.threads, notes)
     return OnnxEngine(bundle, session, info)
 
 
-def _laid_out(bundle: Bundle, options: EngineOptions, cache: Path) -> Entry:
+def _laid_out(bundle: Bundle, options: EngineOptions) -> Entry | None:
+    """What there is to map, made if need be; None without a cache, and for a model that is too small for one."""
     import onnxruntime
 
-    facts, build = _facts(onnxruntime), Build()
+    if options.cache is None or not engine_cache.worth_it(bundle):
+        return None
+    facts, build = _facts(onnxruntime), Build(private_bytes=_repacked_bytes(bundle, options))
     if options.prepack not in (None, bundle.manifest.artifact.prepack):
         facts["prepack"] = str(options.prepack)
-        build = Build(("--prepack" if options.prepack else "--no-prepack",))
-    return engine_cache.entry(bundle, cache, facts, options.verify, build)
+        build = replace(build, arguments=("--prepack" if options.prepack else "--no-prepack",))
+    return engine_cache.entry(bundle, options.cache, facts, options.verify, build)
+
+
+def _why_not_repacked(bundle: Bundle, options: EngineOptions, entry: Entry | None) -> str:
+    """Why weights that should be repacked cannot be: there is no memory for that, in a child or here."""
+    takes = _repacked_bytes(bundle, options)
+    if takes < room.NOTABLE_BYTES or (entry is not None and not entry.failed):
+        return ""
+    if entry is not None and entry.lacks_memory:
+        return entry.failed
+    has = memory.available_bytes()
+    # Those who use the board beside this process need some too.
+    return f"it takes {takes:,} bytes of private memory, the system has {has:,}" if takes + SPARED_BYTES > has else ""
 
 
 def _facts(onnxruntime: Any) -> dict[str, str]:
@@ -190,12 +207,17 @@ def _facts(onnxruntime: Any) -> dict[str, str]:
     return {"engine": _package(onnxruntime), "version": version, "build": build}
 
 
-def _least_private(bundle: Bundle, prepack: bool | None) -> int:
-    """Bytes that are read or repacked in any case: with ``prepack``, more than half of the weights (decision 7)."""
-    artifact, files = bundle.manifest.artifact, bundle.manifest.files
-    repacked = artifact.prepack if prepack is None else prepack
-    weights = files[artifact.weights].size if artifact.weights and repacked else 0
-    return files[artifact.model].size + weights // 2
+def _repacked_bytes(bundle: Bundle, options: EngineOptions) -> int:
+    """The most that repacked weights take: as much as they themselves do, of which more than half is repacked
+    (decision 7)."""
+    artifact = bundle.manifest.artifact
+    repacks = artifact.prepack if options.prepack is None else options.prepack
+    return bundle.manifest.files[artifact.weights].size if artifact.weights and repacks else 0
+
+
+def _least_private(bundle: Bundle, options: EngineOptions) -> int:
+    """Bytes that are read or repacked in any case."""
+    return bundle.manifest.files[bundle.manifest.artifact.model].size + _repacked_bytes(bundle, options) // 2
 
 
 def _tensorrt_engines(bundle: Bundle, options: EngineOptions) -> TemporaryDirectory[str] | None:
