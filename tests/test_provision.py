@@ -443,6 +443,24 @@ def test_an_interrupted_installation_is_made_anew(device):
     assert device.provision().environment == name and device.versions() == "2.0"
 
 
+def test_an_environment_that_was_damaged_is_made_anew_beside_it(device):
+    first = device.provision()
+    engine = next(device.venvs.path(first.environment).glob("lib/python3*/site-packages/ai_edge_litert/interpreter.py"))
+    engine.write_bytes(bytes(4096))  # as a card has it after a power cut
+    planned = device.provision(dry_run=True)
+    assert {step.action for step in planned.steps} >= {"send", "install", "switch"}
+    mended = device.provision()
+    assert mended.environment == f"{first.environment}-2" == device.venvs.current()
+    assert mended.replaced == first.environment
+    again = device.provision()
+    assert (again.sent_bytes, again.environment) == (0, mended.environment)
+    with contextlib.closing(device.transport()) as transport, pytest.raises(SelfTestFailed, match="cannot be imported"):
+        switch_back(transport)
+    device.next("2.1")  # the damaged one goes, and the mended one is what a rollback finds
+    assert device.venvs.previous() == mended.environment and first.environment not in device.venvs.names()
+    assert device.provision().environment == mended.environment
+
+
 def test_an_installation_that_lost_its_host_keeps_others_out(device):
     device.store.mkdir()
     with device.venvs.hold(), pytest.raises(DeviceError, match="an installation that lost its host still runs"):

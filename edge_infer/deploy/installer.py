@@ -13,6 +13,7 @@ has answered them with it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,14 +70,27 @@ class Installation:
         self.engines: List[str] = request["engines"]
         self.python = str(Path(request["python"]).expanduser()) if request["python"] else sys.executable
         self.platform = platform_facts(self.python)
-        self.name = identify(self.requirements, self.platform["abi"])
+        #: What the environment holds, where it is there already and each of its engines can be imported.
+        self.versions: Optional[Dict[str, str]] = None
+        self.name = self._choose()
         files = _files_of(request["files"])
         listing = json.dumps(sorted((name, entry.size, entry.sha256) for name, entry in files.items()))
         self.arrivals = Arrivals(store, files, hashlib.sha256(listing.encode()).hexdigest())
 
-    @property
-    def is_here(self) -> bool:
-        return self.venvs.is_usable(self.name)
+    def _choose(self) -> str:
+        """The environment that is there and intact, else a name for a new one.
+
+        A damaged one may serve, and run what it still can, while another is made beside it.
+        """
+        plain = identify(self.requirements, self.platform["abi"])
+        same = [name for name in self.venvs.names() if re.match(plain + r"(-\d+)?\Z", name)]
+        same = [name for name in same if self.venvs.is_usable(name)]
+        for name in same:
+            imports = (self.venvs.facts(name) or {}).get("imports", [])
+            with contextlib.suppress(EdgeInferError):
+                self.versions = check(self.venvs.python(name), imports)
+                return name
+        return next(name for name in (plain, *(f"{plain}-{n}" for n in range(2, 1000))) if name not in same)
 
     def make(self, online: bool, install_s: float) -> None:
         """The environment, complete but for its marker. Raises BundleError for a damaged wheel, DeviceError."""
@@ -168,7 +182,7 @@ class Installer(Receiver):
     def install_begin(self, request: Mapping[str, Any]) -> Dict[str, Any]:
         self.locked.enter_context(self.changing(request, "an installation"))
         self.installation = Installation(self.store, request)
-        is_here = self.installation.is_here
+        is_here = self.installation.versions is not None
         return {
             "environment": self.installation.name,
             "present": is_here,
@@ -185,11 +199,11 @@ class Installer(Receiver):
         venvs, name = coming.venvs, coming.name
         if venvs.is_by_hand() and not request["replace"]:
             raise DeviceError(f"{venvs.link} was made by hand; --replace moves it aside, where a rollback finds it")
-        made = not coming.is_here
+        made = coming.versions is None
         if made:
             coming.make(request["online"], float(request["install_s"]))
         try:
-            versions = check(venvs.python(name), request["imports"])
+            versions = coming.versions or check(venvs.python(name), request["imports"])
             models = self._try_models(venvs.python(name), float(request["timeout_s"]))
         except EdgeInferError as error:
             if made:
