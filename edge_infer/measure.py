@@ -165,9 +165,10 @@ def bench_on(request: Request, bundle: Bundle, promising: Callable[[dict[str, An
     from edge_infer.deploy.push import measuring
 
     assert request.device is not None
+    timeout_s = request.self_test_timeout or admission.TIMEOUT_S
     transport = open_transport(request.device, **request.ssh_options)
     try:
-        with measuring(bundle, transport, python=request.python) as bench:
+        with measuring(bundle, transport, python=request.python, timeout_s=timeout_s) as bench:
             look = dict(bench(FIRST_LOOK_RUNS))
             return {**bench(DEVICE_RUNS), "first_look": False} if promising(look) else {**look, "first_look": True}
     finally:

@@ -45,7 +45,8 @@ class Request:
     Limits: ``max_size`` and ``max_ram`` in bytes, ``max_latency`` and ``max_load_time`` in milliseconds,
     ``min_score`` in the metric's unit, ``max_drop`` as a share of the source's score; None takes the target's own
     or none. ``sparsity`` is the share of weights to prune. ``device`` is the address of a device to measure on,
-    ``python`` the Python there that has an engine, ``ssh_options`` go to ``deploy.conversation.open_transport``.
+    ``python`` the Python there that has an engine, ``self_test_timeout`` the seconds that it has for each self-test and
+    each timing (None: 120), ``ssh_options`` go to ``deploy.conversation.open_transport``.
     ``cache=False`` makes everything anew.
     """
 
@@ -79,6 +80,7 @@ class Request:
     prune_scope: str = "global"
     device: str | None = None
     python: str | None = None
+    self_test_timeout: float | None = None
     ssh_options: Mapping[str, Any] = field(default_factory=dict)
     cache: bool = True
 
@@ -136,6 +138,7 @@ def _check_limits(request: Request) -> None:
         (request.max_ram, "--max-ram"),
         (request.max_latency, "--max-latency"),
         (request.max_load_time, "--max-load-time"),
+        (request.self_test_timeout, "--self-test-timeout"),
     ):
         if value is not None and value <= 0:
             raise UsageError(f"{option} {value}, expected more than 0")

@@ -17,7 +17,7 @@ from onnx_models import save, value
 
 from edge_infer.bundle import open_bundle
 from edge_infer.cli import main
-from edge_infer.errors import EXIT_NOTHING_FITS, EngineMissing, LimitError, UsageError
+from edge_infer.errors import EXIT_NOTHING_FITS, EngineMissing, LimitError, SelfTestFailed, UsageError
 from edge_infer.package import Packaged, Request, package, report_path
 from edge_infer.report import text
 from edge_infer.runtime.session import load
@@ -279,6 +279,19 @@ def test_candidates_are_measured_on_a_device_and_leave_nothing_there(models: Pat
     assert all(row["runs"] <= 10 for row in done.record["candidates"] if row["first_look"])
     assert done.chosen.measured["runs"] > 10
     assert "A few runs were enough to see" in done.report.read_text("utf-8")
+
+
+def test_a_slow_device_may_have_more_time_or_less(models: Path, tmp_path: Path) -> None:
+    asked = Request(
+        models / "keras.keras", "cpu-x86_64", tmp_path / "d.edge", "tflite", "float32",
+        device=f"local:{tmp_path / 'store'}",
+    )  # fmt: skip
+    with pytest.raises(SelfTestFailed, match=r"no answer within 0\.01 s"):
+        package(replace(asked, self_test_timeout=0.01))
+    with pytest.raises(UsageError, match="--self-test-timeout -1, expected more than 0"):
+        package(replace(asked, self_test_timeout=-1))
+    with pytest.raises(UsageError, match="the time for timeout is 1e"):
+        package(replace(asked, self_test_timeout=1e9))
 
 
 def test_what_a_device_refuses_is_dropped_with_its_words(

@@ -110,6 +110,9 @@ def _add_limit_options(group: Any) -> None:
 def _add_device_options(group: Any) -> None:
     group.add_argument("--on", metavar="DEVICE", help="measure the candidates there: local:PATH, user@host or an alias")
     group.add_argument("--python", help="the device's Python with edge-infer and an engine")
+    group.add_argument(
+        "--self-test-timeout", type=float, metavar="SECONDS", help="for each self-test and timing there (default: 120)"
+    )
     add_ssh_options(group)
 
 
@@ -170,6 +173,7 @@ def _request(args: argparse.Namespace) -> Any:
         prune_scope=args.prune_scope,
         device=args.on,
         python=args.python,
+        self_test_timeout=args.self_test_timeout,
         ssh_options=ssh_options(args),
         cache=not args.no_cache,
     )

@@ -173,7 +173,7 @@ def measuring(
     device serves stays as it is.
     """
     with Conversation(transport) as device:
-        options = PushOptions(python=python)
+        options = PushOptions(python=python, timeout_s=timeout_s)
         answer = _begin(device, bundle, options)
         starts = sound_starts(bundle, answer["have"])
         _send(device, bundle, make_plan(bundle.manifest, bundle.digest, answer, starts, options))
