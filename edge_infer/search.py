@@ -25,10 +25,10 @@ class Candidate:
     """One artifact that was tried. ``error`` says why there is nothing to measure; otherwise all figures are there.
 
     ``size`` counts all files of the bundle, ``download`` the same compressed. ``measured`` holds ``peak_bytes``,
-    ``private_bytes``, ``load_ms``, ``p50_ms``, ``p95_ms``, ``runs`` and ``throttled``, taken on ``measured_on``;
-    ``first_look`` is true where a few runs were enough to see that it would not be chosen. ``search`` and ``holdout``
-    are the scores on the set that the choice is made with and on the one that is only reported; ``loss`` is against the
-    source on the latter.
+    ``private_bytes``, ``load_ms``, ``p50_ms``, ``p95_ms``, ``runs`` and ``throttled``, taken on ``measured_on``, and
+    ``emulated`` where that machine is; ``first_look`` is true where a few runs were enough to see that it would not be
+    chosen. ``search`` and ``holdout`` are the scores on the set that the choice is made with and on the one that is
+    only reported; ``loss`` is against the source on the latter.
     """
 
     format: str
@@ -83,10 +83,14 @@ class Limit:
 
     def miss(self, candidate: Candidate) -> str:
         """One clause on a candidate that violates this limit."""
-        value = self.observed(candidate)
-        assert value is not None  # without a figure nothing is violated
         verb = "at least" if self.least else "at most"
-        return f"{self.name} is {self.words(value)}, allowed is {verb} {self.words(self.allowed)} ({self.origin})"
+        found = self.figure(candidate)
+        return f"{self.name} is {found}, allowed is {verb} {self.words(self.allowed)} ({self.origin})"
+
+    def figure(self, candidate: Candidate) -> str:
+        """The candidate's figure for people, with the mark of an emulated machine where it was taken on one."""
+        said = self.words(self.observed(candidate) or 0.0)
+        return f"{said} as emulated" if self.name in OF_THE_MACHINE and candidate.measured.get("emulated") else said
 
 
 def _score(candidate: Candidate) -> float | None:
@@ -100,6 +104,8 @@ FIGURES: dict[str, Callable[[Candidate], float | None]] = {
     "load time": lambda candidate: candidate.measured.get("load_ms"),
     "score": _score,
 }
+#: Those that are a board's only where they were taken on one.
+OF_THE_MACHINE = ("memory", "latency", "load time")
 
 
 @dataclass(frozen=True)
@@ -192,5 +198,5 @@ def _nothing_fits(measured: Sequence[Candidate], limits: Sequence[Limit]) -> Not
 
     nearest = min(measured, key=distance)
     missed = violated(nearest, limits)
-    needs = " and ".join(f"{limit.name} {limit.words(limit.observed(nearest) or 0.0)}" for limit in missed)
+    needs = " and ".join(f"{limit.name} {limit.figure(nearest)}" for limit in missed)
     return NothingFits(nearest, missed[0], f"allow {needs} and it fits, or choose another target")

@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,13 +235,14 @@ class Workshop:
         title = f"measuring {artifact.format} {artifact.precision}"
         if self.request.device:
             self.steps.progress(f"{title} on {self.request.device}")
-            return measure.bench_on(self.request, bundle, promising), self.request.device
+            measured = measure.bench_on(self.request, bundle, promising)
+            return measured, f"{self.request.device}{_emulated(measured)}"
         request = {"bundle": str(bundle.path), "threads": min(self.target.cores, default_threads())}
         identity = {str(bundle.path): f"{bundle.digest} on {platform.node()}"}
         made = self.steps.run("edge_infer.measure:bench", request, title, identity)
         same = platform.machine() == self.target.architecture
         note = "" if same else f", an estimate for {self.target.name}"
-        return made.answer, f"this machine ({platform.machine()}){note}"
+        return made.answer, f"this machine ({platform.machine()}){_emulated(made.answer)}{note}"
 
     # ---- bundles
 
@@ -311,6 +312,10 @@ class Workshop:
                 **built.made.answer["tools"],
             },
         }
+
+
+def _emulated(measured: Mapping[str, Any]) -> str:
+    return ", emulated" if measured.get("emulated") else ""
 
 
 def _rounded(figure: float) -> float:

@@ -37,6 +37,7 @@ SENT = [
     "trust",
     "delta",
     "admission",
+    "emulation",
     "deploy/device",
     "deploy/incoming",
     "deploy/signers",

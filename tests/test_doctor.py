@@ -25,8 +25,10 @@ FACTS: dict[str, Any] = {
         "python": "3.11.2", "implementation": "cpython", "abi": "cp311", "machine": "aarch64", "bits": 64,
         "libc": "glibc", "libc_version": "2.36", "venv": True, "executable": "/usr/bin/python3.11",
     },
-    "kernel": "Linux 6.12.25", "page_size_bytes": 16384, "ram_bytes": 512_000_000, "available_bytes": 300_000_000,
-    "free_bytes": 4_000_000_000, "reserve_bytes": 16_777_216, "writable": True, "read_only": None, "time": NOW + 0.5,
+    "kernel": "Linux 6.12.25", "emulated": None, "page_size_bytes": 16384, "ram_bytes": 512_000_000,
+    "available_bytes": 300_000_000, "free_bytes": 4_000_000_000, "reserve_bytes": 16_777_216, "writable": True,
+    "read_only": None,
+    "time": NOW + 0.5,
     "store": "/home/pi/.edge-infer", "current": "aa", "previous": "bb", "by_hand": False, "environments": ["aa", "bb"],
     "environment": {"engines": ["onnx"], "python": "3.11.2"}, "engines": ["onnx"], "formats": ["onnx"],
     "serving": {
@@ -71,6 +73,7 @@ def test_a_device_that_lacks_nothing() -> None:
     [
         ({"platform": {"python": "3.9.2"}}, "python", "wrong", "cpython 3.9.2", "install Python 3.10 or later there"),
         ({"platform": {"venv": False}}, "python", "wrong", "without its venv module", "apt install python3-venv"),
+        ({"emulated": "qemu-aarch64"}, "system", "ok", "16 KiB pages, emulated: qemu-aarch64", ""),
         ({"platform": {"bits": 32}}, "system", "wrong", "aarch64, 32-bit Python", "install the 64-bit system"),
         ({"free_bytes": 0}, "storage", "wrong", "0 B free beyond a reserve of 16.8 MB", "free some space at /home/pi"),
         ({"writable": False}, "storage", "wrong", "cannot be written", "sudo chown -R $USER /home/pi/.edge-infer"),

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-from edge_infer import admission, trust
+from edge_infer import admission, emulation, trust
 from edge_infer.deploy.device import (
     RESERVE_BYTES,
     ask_python,
@@ -94,6 +94,7 @@ def examine(store: Store, python: Optional[str], timeout_s: float) -> Dict[str, 
         **found,
         "time": time.time(),
         "kernel": f"{platform.system()} {platform.release()}",
+        "emulated": emulation.here(),
         "page_size_bytes": os.sysconf("SC_PAGE_SIZE"),
         "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "available_bytes": _available(),

@@ -33,6 +33,7 @@ MODULES = (
     "edge_infer.trust",
     "edge_infer.delta",
     "edge_infer.admission",
+    "edge_infer.emulation",
     "edge_infer.deploy.device",
     "edge_infer.deploy.incoming",
     "edge_infer.deploy.signers",

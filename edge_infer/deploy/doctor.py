@@ -94,7 +94,8 @@ def _system(facts: Mapping[str, Any]) -> Line:
     libc = f"{platform['libc'] or 'unknown C library'} {platform['libc_version']}".strip()
     bits = "" if platform["bits"] == 64 else f", {platform['bits']}-bit Python"
     pages = f"{facts['page_size_bytes'] // 1024} KiB pages"
-    text = f"{platform['machine']}{bits}, {libc}, {facts['kernel']}, {pages}"
+    emulated = f", emulated: {facts['emulated']}" if facts["emulated"] else ""
+    text = f"{platform['machine']}{bits}, {libc}, {facts['kernel']}, {pages}{emulated}"
     if platform["bits"] == 32:
         return wrong("system", text, "install the 64-bit system there: engines have no wheels for 32 bits")
     return ok("system", text)

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
-from edge_infer import admission, trust
+from edge_infer import admission, emulation, trust
 from edge_infer.bundle import open_bundle
 from edge_infer.delta import codecs
 from edge_infer.deploy.device import WRITABLE_AGAIN, facts, read_only_mount, serving_python
@@ -272,7 +272,10 @@ class Receiver:
         """What ``tune`` chose, which later loads take; or why it did not, which keeps no release from serving."""
         try:
             tuned = admission.run_child(self.python, ["tune", str(release)], TUNE_S)
-            return str(tuned["chosen"]) if tuned["kept"] else "not tuned: the device's cache cannot be written"
+            if not tuned["kept"]:
+                return "not tuned: the device's cache cannot be written"
+            found = emulation.here()
+            return f"{tuned['chosen']}, on an emulated machine ({found})" if found else str(tuned["chosen"])
         except EdgeInferError as error:
             return f"not tuned: {error}"
 
@@ -289,7 +292,8 @@ class Receiver:
             self._admit()
             admission.self_test(release, self.python, timeout_s)
         asked = ["bench", str(release), "--runs", str(int(request["runs"]))]
-        return {"measured": admission.run_child(self.python, asked, timeout_s)}
+        # Marked here too: the edge_infer that is installed there may be older.
+        return {"measured": {**emulation.mark(), **admission.run_child(self.python, asked, timeout_s)}}
 
     # -- what is here ------------------------------------------------------------------------------------------
 

@@ -144,6 +144,8 @@ def tradeoffs(record: Record) -> Markup | None:
         says += "; whiskers are their intervals"
     if any('class="front"' in drawing for drawing in found):
         says += "; stairs join the front"
+    if any(item.get("emulated") for item in items):
+        says += "; latency is that of an emulated machine"
     return section(
         "tradeoffs",
         "Size and speed against score",

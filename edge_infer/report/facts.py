@@ -12,6 +12,8 @@ Record = Mapping[str, Any]
 
 #: The figure of a candidate that a limit is about; a limit may name another in ``figure``.
 FIGURES = {"size": "size_bytes", "memory": "peak_bytes", "latency": "p50_ms", "load time": "load_ms"}
+#: The limits on figures that are a board's only where they were taken on one.
+OF_THE_MACHINE = ("memory", "latency", "load time")
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _why_chosen(record: Record, item: Record) -> tuple[str, ...]:
         sentences.append(f"It keeps {every}.")
     if unknown:
         sentences.append(f"Not measured against a limit: {_listed(unknown)}.")
+    if item.get("emulated"):
+        sentences.append("Its times and memory are those of an emulated machine.")
     return (*sentences, *_score_sentence(record, item))
 
 
@@ -156,6 +160,12 @@ def timing_notes(record: Record) -> list[str]:
     looked = [str(item["id"]) for item in items if item.get("first_look")]
     if looked:
         notes.append(f"A few runs were enough to see that these would not be chosen: {_listed(looked)}.")
+    emulators = sorted({str(item["emulated"]) for item in items if item.get("emulated")})
+    if emulators:
+        notes.append(
+            f"That machine is emulated ({'; '.join(emulators)}): its times and memory are no board's. What was dropped "
+            "or preferred for them has to be measured on a board."
+        )
     slowed = [str(item["id"]) for item in items if item.get("throttled")]
     if slowed:
         notes.append(
@@ -177,8 +187,9 @@ def _nothing_fits(record: Record, nothing: Record) -> str:
         return f"{text}."
     who = f"the nearest, {nothing['nearest']}, has" if nothing.get("nearest") else "the nearest has"
     at_least = "at least " if binding == "score" and higher_is_better(record) else ""
+    mark = " as emulated" if binding in OF_THE_MACHINE and (shown(record) or {}).get("emulated") else ""
     observed, allowed = (quantity(nothing[key], unit, record) for key in ("observed", "allowed"))
-    return f"{text}; {who} {observed}, allowed is {at_least}{allowed}."
+    return f"{text}; {who} {observed}{mark}, allowed is {at_least}{allowed}."
 
 
 def _relax(nothing: Record) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ MEASURED = (
     "first_look",
     "throttled",
     "temperature_c",
+    "emulated",
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from edge_infer import bundle as bundles
-from edge_infer import trust
+from edge_infer import emulation, trust
 from edge_infer.bundle import Bundle
 from edge_infer.errors import EngineError, InputError, UsageError
 from edge_infer.manifest import SetScore, to_json
@@ -21,7 +21,7 @@ from edge_infer.runtime import memory, plan, room, thermal
 from edge_infer.runtime.arrays import read_npz, write_npz
 from edge_infer.runtime.engines import EngineOptions, check_model, engine_module, prepare_engine
 from edge_infer.runtime.golden import read_golden, self_test
-from edge_infer.runtime.plan import PoolMeasured, PoolSetting, Setting
+from edge_infer.runtime.plan import Measured, PoolMeasured, PoolSetting, Setting
 from edge_infer.runtime.session import Session, cache_of, find_bundle, load, open_session
 from edge_infer.runtime.threads import default_threads
 
@@ -61,11 +61,15 @@ def info(source: Source) -> dict[str, Any]:
             f"{spec.name}: {_said(spec.preprocessing)}" for spec in manifest.inputs if spec.preprocessing
         ],
         "answers become": [_said(manifest.postprocessing)] if manifest.postprocessing else [],
-        "tuned": f"{tuned.setting}: {tuned.p95_ms:.3g} ms at 95 %" if tuned else None,
-        "tuned pool": f"{pool.setting}: {pool.per_second:.3g} answers a second" if pool else None,
+        "tuned": f"{tuned.setting}: {tuned.p95_ms:.3g} ms at 95 %{_emulated(tuned)}" if tuned else None,
+        "tuned pool": f"{pool.setting}: {pool.per_second:.3g} answers a second{_emulated(pool)}" if pool else None,
         "files": {name: entry.size for name, entry in sorted(manifest.files.items())},
         "provenance": dict(manifest.provenance),
     }
+
+
+def _emulated(found: Measured | PoolMeasured) -> str:
+    return f", emulated ({found.emulated})" if found.emulated else ""
 
 
 def _said(steps: Any) -> str:
@@ -199,7 +203,7 @@ def tune(
 ) -> dict[str, Any]:
     """Find how the bundle runs fastest here ``by`` its p95 or p50, and keep that for every later load.
 
-    Raises OutOfMemory.
+    On an emulated machine ``emulated`` says so, and what is kept counts there alone. Raises OutOfMemory.
     """
     from edge_infer.runtime import tuning
 
@@ -209,6 +213,7 @@ def tune(
         "name": bundle.manifest.name,
         "chosen": str(best.setting),
         "kept": plan.keep(bundle, cache_of(bundle), best),
+        **emulation.mark(),
         "settings": {
             str(row.setting): {"p50_ms": row.p50_ms, "p95_ms": row.p95_ms, "peak_bytes": row.peak_bytes} for row in rows
         },
@@ -229,6 +234,7 @@ def throughput(
         "name": bundle.manifest.name,
         "best": dataclasses.asdict(best.setting),
         **kept,
+        **emulation.mark(),
         "throughput": [_pool_row(row) for row in rows],
     }
 
@@ -241,8 +247,8 @@ def throughput_of(source: Source, setting: PoolSetting, seconds: float) -> dict[
 
 
 def _pool_row(row: PoolMeasured) -> dict[str, Any]:
-    figures = dataclasses.asdict(row)
-    return {**figures.pop("setting"), **figures}
+    figures = {"per_second": row.per_second, "p50_ms": row.p50_ms, "peak_bytes": row.peak_bytes}
+    return {**dataclasses.asdict(row.setting), **figures}
 
 
 def bench(
@@ -261,6 +267,7 @@ def bench(
     ``load_ms``: open with the files' hashes already known. ``private_bytes``: anonymous memory added over the
     imported engine, after the runs. ``peak_bytes``: the largest resident size of the whole process.
     ``throttled``: whether the machine slowed its processor meanwhile, None where it does not say.
+    ``emulated``: what emulates the machine, where something does: these are no figures of a board then.
     ``profile``: afterwards, the time of each operator as well; ``trace``: and a Chrome trace of it in that file.
     ``setting`` is what ``threads`` and ``spinning`` would choose, whole.
     """
@@ -297,6 +304,7 @@ def bench(
             "private_bytes": max(0, memory.private_bytes() - baseline),
             "peak_bytes": memory.peak_bytes(),
             **thermal.between(cool, thermal.read()),
+            **emulation.mark(),
         }
     if profile or trace is not None:
         options = EngineOptions(setting.threads, None, cache, spinning=setting.spinning, prepack=setting.prepack)

@@ -65,12 +65,14 @@ class Setting(Record):
 
 @dataclass(eq=False, repr=False)
 class Measured(Record):
-    """Milliseconds of a run, and the largest resident size of the process in bytes."""
+    """Milliseconds of a run, and the largest resident size of the process in bytes. ``emulated``: what emulates the
+    machine that a kept choice was made on; empty where nothing shows that anything does."""
 
     setting: Setting
     p50_ms: float
     p95_ms: float
     peak_bytes: int
+    emulated: str = ""
 
 
 @dataclass(eq=False, repr=False)
@@ -87,12 +89,14 @@ class PoolSetting(Record):
 
 @dataclass(eq=False, repr=False)
 class PoolMeasured(Record):
-    """Answers a second under full load, the median milliseconds of a request then, the largest resident size."""
+    """Answers a second under full load, the median milliseconds of a request then, the largest resident size;
+    ``emulated`` as for ``Measured``."""
 
     setting: PoolSetting
     per_second: float
     p50_ms: float
     peak_bytes: int
+    emulated: str = ""
 
 
 def keep(bundle: Bundle, cache: Path, chosen: Measured) -> bool:
@@ -105,7 +109,11 @@ def read(bundle: Bundle, cache: Path, verify: str = "auto") -> Measured | None:
     row = _read(bundle, cache, "plan", verify)
     try:
         return row and Measured(
-            Setting.from_row(row["setting"]), float(row["p50_ms"]), float(row["p95_ms"]), int(row["peak_bytes"])
+            Setting.from_row(row["setting"]),
+            float(row["p50_ms"]),
+            float(row["p95_ms"]),
+            int(row["peak_bytes"]),
+            row["emulated"],
         )
     except (ValueError, KeyError, TypeError):
         return None
@@ -125,6 +133,7 @@ def read_pool(bundle: Bundle, cache: Path, verify: str = "auto") -> PoolMeasured
             float(row["per_second"]),
             float(row["p50_ms"]),
             int(row["peak_bytes"]),
+            row["emulated"],
         )
     except (ValueError, KeyError, TypeError):
         return None
@@ -137,11 +146,13 @@ def chosen(bundle: Bundle, cache: Path, threads: int | None, spinning: bool | No
 
 
 def _keep(bundle: Bundle, cache: Path, what: str, row: Mapping[str, Any]) -> bool:
+    from edge_infer import emulation  # here, since a load that finds nothing marked has no need of it
+
     kept = _cache(bundle, cache, what)
     kept.remove()
 
     def write(folder: Path) -> str:
-        (folder / PLAN_NAME).write_text(json.dumps(row))
+        (folder / PLAN_NAME).write_text(json.dumps({**row, **emulation.mark()}))
         return ""
 
     return not kept.build(write).failed
@@ -152,9 +163,15 @@ def _read(bundle: Bundle, cache: Path, what: str, verify: str) -> Any:
     if entry is None or entry.failed:
         return None
     try:
-        return json.loads(entry.file(PLAN_NAME).read_bytes())
-    except (OSError, ValueError):
+        row = {"emulated": "", **json.loads(entry.file(PLAN_NAME).read_bytes())}
+    except (OSError, ValueError, TypeError):
         return None
+    if not row["emulated"]:
+        return row
+    from edge_infer import emulation
+
+    # A card may have been in an emulator before it came into a board whose processor looks the same.
+    return row if row["emulated"] == emulation.here() else None
 
 
 def _cache(bundle: Bundle, folder: Path, what: str) -> EngineCache:
