@@ -161,6 +161,7 @@ def test_after_a_power_cut_one_of_both_serves_and_the_next_operation_is_done(rel
     operation = OPERATIONS[number % len(OPERATIONS)]
     old, new = releases.serving, releases.prepare(operation)
     done = cut(releases, operation, number)
+    note("power", f"{number:03}", **done, found="torn")  # unless it turns out otherwise
     releases.board.start(volatile=True)
     assert "EXT4-fs error" not in releases.board.emulator.console.read_text("utf-8", "replace")
     found = releases.observe()
