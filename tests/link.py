@@ -95,6 +95,13 @@ class Link:
         with self._lock:
             self.up.left, self.down.left = up, down
 
+    def cut(self) -> None:
+        """Cut all connections now. Both sides get a reset, so what a server has not taken yet it may lose."""
+        with self._lock:
+            for connection in list(self.open):
+                self.cuts += 1
+                connection.abort(to_server=True)
+
     def counts(self) -> dict[str, int]:
         """What there was so far.
 
@@ -221,10 +228,11 @@ class Connection:
         if all(pipe.delivered_end for pipe in self.pipes):
             self._close()
 
-    def abort(self) -> None:
-        """End it at once. The server gets what has passed and then an end, the client a reset."""
-        with contextlib.suppress(OSError):
-            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def abort(self, *, to_server: bool = False) -> None:
+        """End it at once. The server gets what has passed and then an end, the client (and the server) a reset."""
+        for each in (self.client, self.server) if to_server else (self.client,):
+            with contextlib.suppress(OSError):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._close()
 
     def _close(self) -> None:

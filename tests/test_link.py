@@ -158,6 +158,26 @@ def test_a_cut_of_the_answer_and_the_next_connection_lives() -> None:
         assert (link.counts()["cuts"], link.counts()["connections"]) == (1, 2)
 
 
+def test_a_cut_at_once_resets_both_sides() -> None:
+    reset = threading.Event()
+
+    def wait(client: socket.socket) -> None:
+        try:
+            while client.recv(1000):
+                pass
+        except ConnectionResetError:
+            reset.set()
+
+    with serving(wait) as port, Link(port) as link, socket.create_connection((HOST, link.port)) as client:
+        client.sendall(b"hello")
+        while not link.counts()["up"]:
+            time.sleep(0.01)
+        link.cut()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        assert reset.wait(5) and link.counts()["cuts"] == 1
+
+
 def test_a_server_that_is_not_there_ends_the_connection() -> None:
     with serving(echo) as port:
         pass

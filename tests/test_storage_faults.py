@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from sshd import SshServer
 
 from edge_infer import load
 from edge_infer.bundle import Bundle
-from edge_infer.deploy import doctor
+from edge_infer.deploy import doctor, receiver
 from edge_infer.deploy.conversation import open_transport
 from edge_infer.deploy.plan import PushOptions
 from edge_infer.deploy.push import collect, push, rollback, status
@@ -140,3 +141,12 @@ def test_a_push_by_sftp_to_a_read_only_disk_says_so(
         with pytest.raises(DeviceError, match=f"the storage at {disk.store.root} is read-only, so what it serves"):
             push_by_sftp(releases[0], transport, store=str(disk.store.root))
     assert disk.answers() == releases[1].digest
+
+
+def test_storage_that_fails_is_named() -> None:
+    """As the kernel says of a worn-out card when what was written is to be synced."""
+    sentence = str(receiver._device_error(OSError(errno.EIO, os.strerror(errno.EIO)), Path("/home/pi/.edge-infer")))
+    assert sentence.startswith(
+        "the device's storage at /home/pi/.edge-infer fails ([Errno 5] Input/output error); what"
+    )
+    assert sentence.endswith("see dmesg there, and put in another card")

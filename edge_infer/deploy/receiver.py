@@ -353,6 +353,11 @@ def _device_error(error: OSError, root: Path) -> DeviceError:
             f"the device's storage at {root} is read-only, so what it serves stays as it is; make it writable and run "
             f"the same again (there: {mend})"
         )
+    if error.errno == errno.EIO:
+        return DeviceError(
+            f"the device's storage at {root} fails ({error}); what it serves stays as it is; see dmesg there, and put "
+            "in another card"
+        )
     return DeviceError(f"the device reports: {error}")
 
 

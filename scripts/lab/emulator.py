@@ -52,14 +52,13 @@ class Emulator:
         clock: str | None = None,
         read_only: bool = False,
         volatile: bool = False,
-        worn_out: bool = False,
         port: int | None = None,
     ) -> int:
         """Switch the board on and return its port, before it answers.
 
         ``clock``: what its clock shows at the start, as 2016-01-01T00:00:00; None: the time.
         ``read_only``: the card's write protection. ``volatile``: the card has a cache that a power cut empties, see
-        lab/card.py; otherwise it keeps every write at once. ``worn_out``: all its writes fail.
+        lab/card.py; otherwise it keeps every write at once.
         """
         if self.pid() is not None:
             raise SystemExit(f"{self.board.name} is on, at port {self.port()}")
@@ -68,10 +67,8 @@ class Emulator:
         self.board.write_known_hosts(port)
         self._cut_card()  # of a board that went off by itself
         file, format = str(self.board.card), "qcow2"
-        if volatile or worn_out:
+        if volatile:
             file, format = f"nbd+unix:///?socket={card.start(self.board.card, folder, read_only)}", "raw"
-        if worn_out:
-            self.wear_out()
         drive = f"if=none,id=card,file={file},format={format},readonly={'on' if read_only else 'off'}"
         command = [
             *("qemu-system-aarch64", "-M", "virt", "-cpu", kind.cpu, "-smp", str(kind.cores)),

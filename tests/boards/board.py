@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -47,6 +48,17 @@ class TestBoard:
         """Off without a warning, and on again."""
         self.emulator.cut_power()
         self.start(**how)
+
+    def resize(self, memory_bytes: int) -> None:
+        """With so much memory, on again after an orderly stop unless it has that already."""
+        if self.board.kind.memory_bytes == memory_bytes:
+            return
+        self.emulator.stop()
+        self.board = dataclasses.replace(
+            self.board, kind=dataclasses.replace(self.board.kind, memory_bytes=memory_bytes)
+        )
+        self.emulator = Emulator(self.board)
+        self.start()
 
     def copy_card(self, place: Path) -> Path:
         """The card as it is after an orderly stop; the board is off then."""

@@ -109,22 +109,37 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(new_board: NewBoard, provisioned: Provisioned, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    boards = {name: new_board(kind, name, card=provisioned.card) for name, kind in KINDS.items()}
-    for board in boards.values():
+def releases(packaged: Callable[..., Bundle]) -> list[dict[str, Bundle]]:
+    """The release before and the new one, each by kind of board; made before boards take the processor."""
+    return [
+        {kind: packaged(SOURCES[format], format, "float32", target) for kind, target in TARGETS.items()}
+        for format in ("onnx", "tflite")
+    ]
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    releases: list[dict[str, Bundle]],
+    new_board: NewBoard,
+    provisioned: Provisioned,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Fleet]:
+    def switched_on(name: str) -> TestBoard:
+        board = new_board(KINDS[name], name, card=provisioned.card)
         board.put((MODELS / "test.npz").read_bytes(), "test.npz")
+        return board
+
+    with ThreadPoolExecutor() as pool:
+        boards = dict(zip(KINDS, pool.map(switched_on, KINDS), strict=True))
     yield Fleet(boards, tmp_path_factory.mktemp("fleet"))
     for board in boards.values():
         board.emulator.cut_power()
 
 
 def test_a_rollout_ends_at_a_board_that_answers_otherwise_and_resume_brings_all_home(
-    fleet: Fleet, packaged: Callable[..., Bundle]
+    fleet: Fleet, releases: list[dict[str, Bundle]]
 ) -> None:
-    old, new = (
-        {kind: packaged(SOURCES[format], format, "float32", target) for kind, target in TARGETS.items()}
-        for format in ("onnx", "tflite")
-    )
+    old, new = releases
     said = fleet.push(old, "--report", fleet.report)
     fleet.expect("the release before", said, ["done"] * 3, [old] * 3)
     broken, last = fleet.boards[BROKEN], fleet.boards[LAST]
