@@ -25,6 +25,7 @@ WEIGHTS = LAYERS * dense.LAYER_BYTES
 CACHED = ("tflite", "onnx")
 FORMATS = (*CACHED, "torchscript")
 
+#: After NAME and HOW.
 OPEN = """
 import json, os, resource, sys
 import edge_infer
@@ -33,12 +34,12 @@ from edge_infer.runtime import memory
 from edge_infer.runtime.engines import engine_module
 from edge_infer.runtime.golden import self_test
 from edge_infer.runtime.session import find_bundle
-bundle = find_bundle("dense")
+bundle = find_bundle(NAME)
 engine_module(bundle).import_engine(bundle)
 
 def opened(**how):
     before = memory.private_bytes()
-    with edge_infer.load("dense", threads=1, **how) as session:
+    with edge_infer.load(NAME, threads=1, **how) as session:
         resident = session.memory()
         difference = self_test(session)
         with open("/proc/self/maps") as file:
@@ -56,7 +57,6 @@ def opened(**how):
             "notes": session.info.notes,
         }
 
-HOW = json.loads(HOW_TEXT)
 try:
     print(json.dumps(opened(**HOW)))
 except OutOfMemory as error:
@@ -64,12 +64,14 @@ except OutOfMemory as error:
 """
 
 
-def opened(board: TestBoard, user: str = "pi", **how: Any) -> dict[str, Any]:
+def opened(board: TestBoard, format: str, user: str = "pi", **how: Any) -> dict[str, Any]:
     """A process on the board opens the model in use and asks its golden questions."""
-    code = OPEN.replace("HOW_TEXT", repr(json.dumps(how)))
-    python = "/home/pi/.edge-infer/venv/bin/python"
-    environment = "HOME=/home/pi" if user == "root" else ""
-    return board.python(code, python=f"{environment} {python}", user=user)
+    code = f"NAME, HOW = {name_of(format)!r}, {how!r}\n{OPEN}"
+    return board.python(code, python="HOME=/home/pi /home/pi/.edge-infer/venv/bin/python", user=user)
+
+
+def name_of(format: str) -> str:
+    return f"dense-{format}"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def board(new_board: NewBoard, provisioned: Provisioned) -> Iterator[TestBoard]:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("dense")
-    return {format: dense.dense(folder, format, LAYERS, PAGE) for format in FORMATS}
+    return {format: dense.dense(folder, format, LAYERS, PAGE, name_of(format)) for format in FORMATS}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -120,7 +122,7 @@ def test_a_bundle_for_smaller_pages_is_refused(board: TestBoard, tmp_path: Path)
 
 def test_weights_are_mapped_and_not_copied(board: TestBoard, pushed: Bundle) -> None:
     format = pushed.manifest.artifact.format
-    found = opened(board)
+    found = opened(board, format)
     note("pages", format, weights=WEIGHTS, **found)
     assert found["page"] == PAGE and found["notes"] == [] and found["difference"] <= dense.TOLERANCE
     covered = sum(end - start for start, end, _, _ in found["maps"])
@@ -134,9 +136,38 @@ def test_weights_are_mapped_and_not_copied(board: TestBoard, pushed: Bundle) -> 
 
 
 def test_pages_are_brought_in_and_kept(board: TestBoard, pushed: Bundle) -> None:
-    assert opened(board, residency="prefault")["resident"] >= WEIGHTS
-    refused = opened(board, residency="lock")
+    format = pushed.manifest.artifact.format
+    assert opened(board, format, residency="prefault")["resident"] >= WEIGHTS
+    refused = opened(board, format, residency="lock")
     assert "ulimit -l" in refused["refused"] and "residency='prefault'" in refused["refused"]
-    kept = opened(board, user="root", residency="lock")
+    kept = opened(board, format, user="root", residency="lock")
     assert kept["locked"] >= WEIGHTS and kept["resident"] >= WEIGHTS and kept["difference"] <= dense.TOLERANCE
     assert kept["locked"] % PAGE == 0 and kept["private"] < WEIGHTS / 2
+
+
+def entry_of(found: dict[str, Any]) -> set[str]:
+    """The entries of the engine cache that a process has mapped."""
+    return {Path(path).parent.name for *_, path in found["maps"] if "/cache/" in path}
+
+
+def test_what_an_engine_made_goes_with_the_processor_and_not_with_the_card(
+    board: TestBoard, pushed: Bundle, new_board: NewBoard, tmp_path: Path
+) -> None:
+    """The card goes to a board with another processor and 4 KiB pages, and back."""
+    format = pushed.manifest.artifact.format
+    if format not in CACHED:
+        pytest.skip("TorchScript maps the bundle's own weights")
+    here = opened(board, format)
+    card = board.copy_card(tmp_path / "card.qcow2")
+    other = new_board("pi-4", f"moved-{format}", card=card)
+    there = opened(other, format)
+    card = other.copy_card(tmp_path / "back.qcow2")
+    home = new_board("pi-5", f"home-{format}", card=card)
+    back = opened(home, format)
+    home.emulator.stop()
+    board.start()
+    note("pages", f"moved-{format}", pages=[found["page"] for found in (here, there, back)])
+    assert (here["page"], there["page"], back["page"]) == (PAGE, 4096, PAGE)
+    assert all(found["notes"] == [] and found["difference"] <= dense.TOLERANCE for found in (here, there, back))
+    assert entry_of(here) and entry_of(there) and not entry_of(here) & entry_of(there)
+    assert entry_of(back) == entry_of(here)
