@@ -141,44 +141,44 @@ def control(size: int) -> tf.Module:
     return Control()
 
 
-def _conv_norm(x: Any, filters: int, kernel: int, stride: int = 1) -> Any:
+def conv_norm(x: Any, filters: int, kernel: int, stride: int = 1) -> Any:
     x = layers.Conv2D(filters, kernel, strides=stride, padding="same", use_bias=False)(x)
     return layers.BatchNormalization(momentum=0.9)(x)
 
 
 def _inverted_residual(x: Any, outputs: int, expand: int, stride: int, kernel: int, squeeze: bool) -> Any:
     inputs, act = x.shape[-1], "swish" if squeeze else "relu6"
-    y = layers.Activation(act)(_conv_norm(x, inputs * expand, 1)) if expand > 1 else x
+    y = layers.Activation(act)(conv_norm(x, inputs * expand, 1)) if expand > 1 else x
     y = layers.DepthwiseConv2D(kernel, strides=stride, padding="same", use_bias=False)(y)
     y = layers.Activation(act)(layers.BatchNormalization(momentum=0.9)(y))
     if squeeze:
         gate = layers.GlobalAveragePooling2D(keepdims=True)(y)
         gate = layers.Conv2D(max(1, inputs // 4), 1, activation="swish")(gate)
         y = layers.Multiply()([y, layers.Conv2D(y.shape[-1], 1, activation="sigmoid")(gate)])
-    y = _conv_norm(y, outputs, 1)
+    y = conv_norm(y, outputs, 1)
     return layers.Add()([x, y]) if stride == 1 and inputs == outputs else y
 
 
-def _inverted_residuals(shape: Shape) -> keras.Model:
-    """A network of the digits from a table; zoo_torch.inverted_residuals is its like."""
+def inverted_residuals(shape: Shape, activation: str | None = "softmax") -> keras.Model:
+    """A network of the digits from a table; zoo_torch.inverted_residuals is its like, without the ``activation``."""
     act = "swish" if shape.squeeze else "relu6"
     image = keras.Input((8, 8, 1), name="image")
-    x = layers.Activation(act)(_conv_norm(image, shape.stem, 3, shape.stem_stride))
+    x = layers.Activation(act)(conv_norm(image, shape.stem, 3, shape.stem_stride))
     for row in shape.rows:
         for index in range(row.repeats):
             stride = row.stride if index == 0 else 1
             x = _inverted_residual(x, row.channels, row.expand, stride, row.kernel, shape.squeeze)
-    x = layers.Activation(act)(_conv_norm(x, shape.head, 1))
+    x = layers.Activation(act)(conv_norm(x, shape.head, 1))
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(image, layers.Dense(DIGITS, activation="softmax", name="digit")(x))
+    return keras.Model(image, layers.Dense(DIGITS, activation=activation, name="digit")(x))
 
 
 def digits_mobilenet() -> keras.Model:
-    return _inverted_residuals(DIGITS_MOBILENET)
+    return inverted_residuals(DIGITS_MOBILENET)
 
 
 def digits_efficientnet() -> keras.Model:
-    return _inverted_residuals(DIGITS_EFFICIENTNET)
+    return inverted_residuals(DIGITS_EFFICIENTNET)
 
 
 def digits_wild() -> keras.Model:
@@ -186,7 +186,7 @@ def digits_wild() -> keras.Model:
     image = keras.Input((8, 8, 1), name="image")
     x = image
     for filters, stride in zip((WILD_STEM, *WILD_PAIR, *WILD_BODY), (1, 1, 1, 2, 1), strict=True):
-        x = layers.ReLU()(_conv_norm(x, filters, 3, stride))
+        x = layers.ReLU()(conv_norm(x, filters, 3, stride))
     x = layers.Dense(WILD_DENSE, activation="relu")(layers.Flatten()(x))
     return keras.Model(image, layers.Dense(DIGITS, activation="softmax", name="digit")(x))
 

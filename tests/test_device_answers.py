@@ -1,0 +1,48 @@
+"""How golden tolerances follow from what is measured between machines."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("answer_rule")
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("device_answers")
+
+
+@pytest.mark.parametrize(("value", "rounded"), [(0.03, 0.05), (0.05, 0.05), (0.051, 0.1), (2e-6, 2e-6), (0, 0)])
+def test_a_figure_is_rounded_up_and_never_down(rule: ModuleType, value: float, rounded: float) -> None:
+    assert rule.round_up(value) == rounded
+
+
+def test_a_tolerance_is_more_than_what_was_seen_and_no_more_than_everything(rule: ModuleType) -> None:
+    assert rule.figure(0.03, "int8") == 0.1
+    assert rule.figure(0.9, "int8") == 1.0
+    assert rule.figure(0.0, "float32") == 1e-4
+
+
+def test_only_boards_with_the_processor_of_a_target_count_for_it(rule: ModuleType) -> None:
+    rows = [
+        {"format": "onnx", "precision": "int8", "place": place, "largest": seen}
+        for place, seen in (("pi-4", 0.01), ("pi-5", 0.2))
+    ]
+    assert rule.largest(rows, "onnx", "int8", rule.BOARDS["raspberry-pi-4"]) == 0.01
+    assert rule.largest(rows, "onnx", "int8", rule.BOARDS["cpu-aarch64"]) == 0.2
+    assert rule.largest(rows, "tflite", "int8", ["pi-4"]) is None
+
+
+def test_a_share_is_the_largest_difference_of_a_question_over_the_largest_value(answers: ModuleType) -> None:
+    here, there = np.array([[1.0, 4.0], [2.0, 2.0]]), np.array([[1.0, 3.0], [2.0, 2.5]])
+    assert answers.share(here, there, 4.0).tolist() == [0.25, 0.125]
