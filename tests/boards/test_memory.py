@@ -230,10 +230,10 @@ def test_processes_share_the_weights(pushed: Pushed) -> None:
     assert all(process["RssAnon"] < 1.25 * one["RssAnon"] for process in together)
 
 
+@pytest.mark.parametrize("pushed", [case for case in CASES if case.values[0].format == "tflite"], indirect=True)
 def test_what_has_to_be_private_is_refused_before_it_is_tried(pushed: Pushed) -> None:
-    """XNNPACK repacks in private memory where it has no place for a file; and what is allowed is heeded."""
-    if pushed.case.format != "tflite":
-        pytest.skip("ONNX and TorchScript map the bundle's own weights then")
+    """XNNPACK repacks in private memory where it has no place for a file (ONNX and TorchScript map the bundle's own
+    weights then); and what is allowed is heeded."""
     board = pushed.board
     board.resize(pushed.case.memory_bytes)
     seen = len(kills(board))
