@@ -151,6 +151,23 @@ def test_answers_equal_the_plain_engines_bit_for_bit(bundle: Bundle, threads: in
     assert np.array_equal(answer, PLAIN[bundle.manifest.artifact.format](bundle, x, threads))
 
 
+def test_eight_bits_for_a_device_are_computed_here_as_the_model_says(
+    packaged: Callable[..., Bundle], models: Path
+) -> None:
+    """And as the kernels of ARM do. Those of x86 without VNNI saturate: by a third of the largest value, here."""
+    import onnxruntime
+
+    bundle = packaged("torch.onnx", "onnx", "int8", "raspberry-pi-4")
+    with np.load(models / "test_nchw.npz") as data:
+        x = data["image"]
+    in_float = onnxruntime.SessionOptions()
+    in_float.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = onnxruntime.InferenceSession(str(bundle.file("model.onnx")), in_float, providers=["CPUExecutionProvider"])
+    (expected,) = plain.run(None, {"image": x})
+    with load(bundle.path, threads=1) as session:
+        assert np.abs(session(x) - expected).max() <= 0.01 * np.abs(expected).max()
+
+
 def test_mapped_torchscript_equals_the_model_it_was_made_from(packaged: Callable[..., Bundle], models: Path) -> None:
     import torch
 

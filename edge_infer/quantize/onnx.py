@@ -23,8 +23,8 @@ from edge_infer.quantize.onnx_graph import (
     worth_repacking,
 )
 from edge_infer.quantize.onnx_half import float16
-from edge_infer.quantize.onnx_pairs import saturates
 from edge_infer.quantize.onnx_prepare import prepared
+from edge_infer.runtime.engines.onnx import saturates
 
 MODEL, WEIGHTS = "model.onnx", "weights.bin"
 

@@ -21,6 +21,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from edge_infer.errors import ConversionError, UsageError
 from edge_infer.quantize.onnx_graph import RECURRENT, sort_nodes
 from edge_infer.quantize.onnx_weights import store_int8, store_tables
+from edge_infer.runtime.engines.onnx import saturates
 
 #: Operators with weights or products of activations; these are the layers that may be kept in float.
 LAYERS = ("Conv", "MatMul", "Gemm")
@@ -75,8 +76,6 @@ def insert_pairs(
     entry = model.metadata_props.add()
     entry.key, entry.value = INFERRED
     _know_types(model, found)
-    # Without VNNI an x86 processor adds pairs of 8-bit products in 16 bits, which saturate; 7-bit weights do not.
-    # https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#when-to-use-reduce-range-and-per-channel-quantization
     target = request["target"]
     quantizer = QDQQuantizer(
         model,
@@ -95,10 +94,6 @@ def insert_pairs(
     store_int8(result, set(STORED))
     sort_nodes(result.graph)
     return result
-
-
-def saturates(architecture: str, cpu_features: Iterable[str]) -> bool:
-    return architecture == "x86_64" and not {"avx512_vnni", "avx_vnni"} & set(cpu_features)
 
 
 def _know_types(model: onnx.ModelProto, names: Iterable[str]) -> None:

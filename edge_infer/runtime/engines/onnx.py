@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -311,10 +311,23 @@ def session_options(bundle: Bundle, threads: int, spinning: bool = False, prepac
     options.log_severity_level = 3
     # Idle worker threads that spin starve the application on a small board.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    target = bundle.manifest.target
+    if not saturates(target.architecture, target.cpu_features):
+        # Weights of 8 bits: this machine's kernels are to answer as the device's do, and as the model says.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not (bundle.manifest.artifact.prepack if prepack is None else prepack):
         # Repacked weights would live on the heap, a private copy in every process.
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
+
+
+def saturates(architecture: str, cpu_features: Iterable[str]) -> bool:
+    """Whether the fast 8-bit kernels of such a processor want weights of 7 bits.
+
+    An x86 processor without VNNI adds pairs of 8-bit products in 16 bits, which saturate.
+    https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#when-to-use-reduce-range-and-per-channel-quantization
+    """
+    return architecture == "x86_64" and not {"avx512_vnni", "avx_vnni"} & set(cpu_features)
 
 
 class OnnxEngine:
