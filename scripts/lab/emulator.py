@@ -15,7 +15,7 @@ from lab import card
 from lab.boards import Board
 
 #: sshd answers 5 s after the start on an idle machine; a busy one takes its time.
-BOOT_S = 240
+BOOT_S = 600
 STOP_S = 60
 
 

@@ -49,8 +49,9 @@ chown pi: /home/pi/.ssh
 ln -sf /bin/busybox /sbin/init
 echo "{DONE}"
 """
+#: In /run/board is what came with the board's own initrd.
 INITTAB = """::sysinit:/etc/lab/boot
-::respawn:/usr/sbin/sshd -D
+::respawn:/usr/sbin/sshd -D -h /run/board/ssh_host_ed25519_key -o AuthorizedKeysFile=/run/board/authorized_keys
 ::ctrlaltdel:/bin/busybox reboot
 ::shutdown:/bin/busybox killall5 -15
 ::shutdown:/bin/busybox sync
@@ -63,7 +64,6 @@ mount -t sysfs sys /sys
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
-mount -t tmpfs -o mode=755 run /run
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mkdir -p /run/sshd
 ip link set lo up

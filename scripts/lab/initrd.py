@@ -28,14 +28,10 @@ for module in $(/bin/busybox cat /modules/order); do /bin/busybox insmod /module
 for step in $(/bin/busybox cat /proc/cmdline); do
   case $step in configure) exec /bin/busybox chroot /root /bin/bash /configure;; esac
 done
-for name in /own/*; do
-  case $name in
-    */hostname) /bin/busybox hostname "$(/bin/busybox cat $name)";;
-    */authorized_keys)
-      for home in /root/root /root/home/pi; do /bin/busybox cp $name $home/.ssh/authorized_keys; done;;
-    */ssh_host_*) /bin/busybox cp $name /root/etc/ssh/;;
-  esac
-done
+# What is the board's own is not written to the card, which may be in another one next, or write-protected.
+/bin/busybox mount -t tmpfs -o mode=755 run /root/run
+/bin/busybox cp -r /own /root/run/board
+/bin/busybox hostname "$(/bin/busybox cat /own/hostname)"
 /bin/busybox umount /proc
 /bin/busybox mount --move /dev /root/dev
 exec /bin/busybox switch_root /root /sbin/init

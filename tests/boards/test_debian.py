@@ -87,3 +87,16 @@ def test_only_a_power_cut_leaves_a_journal_to_play_back(board: TestBoard) -> Non
     board.emulator.stop()
     board.start()
     assert not played_back(board)
+
+
+def test_a_card_that_takes_no_writes_starts_a_board_that_it_never_saw(new_board: NewBoard) -> None:
+    """So its keys are not on the card, which goes to another board without them."""
+    board = new_board("pi-zero-2w", "write-protected", read_only=True)
+    assert board.shell("touch /root/one", user="root", check=False).returncode == 1
+    assert said(board, "ls /etc/ssh/ssh_host_* /root/.ssh /home/pi/.ssh 2>/dev/null; hostname") == [
+        "/home/pi/.ssh:",
+        "",
+        "/root/.ssh:",
+        board.name,
+    ]
+    board.emulator.cut_power()
