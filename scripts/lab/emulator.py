@@ -13,6 +13,7 @@ from typing import Any
 
 from lab import card
 from lab.boards import Board
+from lab.network import PLAIN_PORT, Link
 
 #: sshd answers 5 s after the start on an idle machine; a busy one takes its time.
 BOOT_S = 600
@@ -26,6 +27,7 @@ class Emulator:
         self.board = board
         self.state = board.folder / "running.json"
         self.console = board.folder / "console"
+        self.monitor = board.folder / "monitor"
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -74,12 +76,19 @@ class Emulator:
             *("qemu-system-aarch64", "-M", "virt", "-cpu", kind.cpu, "-smp", str(kind.cores)),
             *("-m", f"{kind.memory_bytes // 2**20}", "-accel", "tcg,thread=multi,tb-size=128", "-nodefaults"),
             *("-display", "none", "-daemonize", "-pidfile", str(folder / "pid"), "-name", self.board.name),
-            *("-serial", f"file:{self.console}", "-rtc", f"base={clock or 'utc'}"),
+            *(
+                "-qmp",
+                f"unix:{self.monitor},server=on,wait=off",
+                "-serial",
+                f"file:{self.console}",
+                "-rtc",
+                f"base={clock or 'utc'}",
+            ),
             *("-kernel", str(self.board.lab.kernel(kind.kernel)), "-initrd", str(folder / "initrd")),
             *("-append", "console=ttyAMA0 quiet panic=5 mitigations=off kpti=off", "-device", "virtio-rng-device"),
             *("-drive", drive, "-device", "virtio-blk-device,drive=card"),
             # Nothing but its SSH port: a board reaches neither this machine nor any other.
-            *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
+            *("-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{PLAIN_PORT}"),
             *("-device", "virtio-net-device,netdev=net"),
         ]
         self.state.write_text(json.dumps({"port": port}))
@@ -123,6 +132,28 @@ class Emulator:
         """From now on all writes to the volatile card fail."""
         if card.ask(self.board.folder, "wear_out") is None:
             raise SystemExit(f"the card of {self.board.name} is not volatile; start the board with volatile=True")
+
+    def link(self, link: Link) -> None:
+        """Make the board's link such for connections that begin from now on, until it is switched off."""
+        subprocess.run(self.ssh("root", "sh"), input=link.commands(), check=True, capture_output=True, text=True)
+        here = f"tcp:127.0.0.1:{self.port()}"
+        said = self._ask(f"hostfwd_remove net {here}", f"hostfwd_add net {here}-:{link.port}")
+        if not ("removed" in said[0] and said[1] == ""):
+            raise SystemExit(f"the emulator of {self.board.name} did not change its port: {' '.join(said).strip()}")
+
+    def _ask(self, *commands: str) -> list[str]:
+        """What the emulator's monitor says to commands; https://www.qemu.org/docs/master/interop/qmp-spec.html"""
+        asked = [{"execute": "human-monitor-command", "arguments": {"command-line": one}} for one in commands]
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.fspath(self.monitor))
+            with connection.makefile("rw") as stream:
+                stream.readline()  # a greeting
+                answers = []
+                for one in ({"execute": "qmp_capabilities"}, *asked):
+                    stream.write(json.dumps(one) + "\n")
+                    stream.flush()
+                    answers.append(str(json.loads(stream.readline())["return"]))
+        return answers[1:]
 
     def stop(self) -> None:
         """Shut the board down, or cut its power when it does not within a minute."""

@@ -12,11 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-#: What a board has devices for (ext4 asks for crc32c by a name that no module lists), and what its link is made of (tc
-#: with netem, and ifb for what comes in).
+#: What a board has devices for (ext4 asks for crc32c by a name that no module lists), and what its link is made of.
 MODULES = (
     *("virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "crc32c_generic", "ext4"),
-    *("sch_netem", "sch_ingress", "act_mirred", "cls_matchall", "ifb"),
+    *("sch_netem", "veth"),
 )
 FOLDERS = ("bin", "dev", "modules", "own", "proc", "root", "sys")
 INIT = r"""#!/bin/busybox sh

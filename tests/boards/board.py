@@ -113,4 +113,4 @@ class TestBoard:
         self.shell(f"cat > {path}", given=content, user=user)
 
     def link(self, link: Link) -> None:
-        self.shell(link.commands(), user="root")
+        self.emulator.link(link)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,10 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from lab.boards import Lab
+from lab.boards import KINDS, Lab
 
 from boards.board import PATIENCE_S, TestBoard
+from boards.record import note
 
 #: In this order: each replaces the one before, and the last two stay.
 ENVIRONMENTS = (["tflite-runtime"], ["tflite"], ["onnx", "tflite", "torch"])
@@ -30,6 +32,7 @@ print(json.dumps({
     "python": platform.python_version(),
     "machine": platform.machine(),
     "kernel": platform.release(),
+    "debian": open("/etc/debian_version").read().strip(),
     "environment": os.path.basename(os.path.realpath(sys.prefix)),
 }))
 """
@@ -55,6 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many tests of each file passed and how many did not, for the page in the docs."""
+    counts: dict[str, dict[str, int]] = {}
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            if outcome in ("passed", "failed", "error", "skipped") and hasattr(report, "nodeid"):
+                file = counts.setdefault(Path(report.nodeid.partition("::")[0]).stem, {"passed": 0, "failed": 0})
+                file["passed" if outcome == "passed" else "failed"] += 1
+    for file, found in counts.items():
+        note("tests", file, **found)
+
+
 def environments(config: pytest.Config) -> tuple[list[str], ...]:
     """The engines of each environment that the provisioned board is given."""
     return SHORT_ENVIRONMENTS if config.getoption("--short") else ENVIRONMENTS
@@ -65,6 +80,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The lab with boards of this session's own."""
     lab = Lab(tmp_path_factory.mktemp("boards"))
     assert lab.is_built(), f"{lab.folder} is not built; run scripts/test_device, which builds it"
+    qemu = subprocess.run(["qemu-system-aarch64", "--version"], capture_output=True, text=True, check=True).stdout
+    for kind in KINDS.values():
+        release = lab.kernel(kind.kernel).with_name("release").read_text()
+        facts = {"cpu": kind.cpu, "cores": kind.cores, "memory": kind.memory_bytes, "pages": kind.kernel}
+        note("boards", kind.name, **facts, kernel=release, emulator=qemu.splitlines()[0])
     return lab
 
 
