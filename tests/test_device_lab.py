@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -141,9 +146,55 @@ def test_the_command_says_what_is_missing(lab: Lab, monkeypatch: pytest.MonkeyPa
 def test_a_link_is_the_same_in_both_directions_and_half_the_latency_each() -> None:
     lines = Link(latency_ms=200, loss=0.02, bandwidth=2_000_000).commands().splitlines()
     netem = [line for line in lines if "root netem" in line]
-    assert [line.split()[4] for line in netem] == ["ifb0", "eth0"]
+    assert [line.partition(" root ")[0] for line in netem] == [
+        "tc qdisc replace dev near",
+        "tc -n road qdisc replace dev far",
+    ]
     assert all(line.endswith("delay 100ms loss 2% rate 2000000bit") for line in netem)
 
 
 def test_a_plain_link_only_takes_away_what_there_was() -> None:
-    assert "add" not in Link().commands()
+    assert "add" not in Link().commands() and Link().port == 22 != Link(latency_ms=1).port
+
+
+def test_a_link_cannot_be_changed_where_the_emulator_does_not_do_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = lab.boards_folder / "kitchen"
+    folder.mkdir(parents=True)
+    (folder / "board.json").write_text('{"kind": "pi-4"}')
+    emulator = Emulator(lab.board("kitchen"))
+    monkeypatch.setattr(emulator, "port", lambda: 2022)
+    monkeypatch.setattr(emulator, "ssh", lambda user, *words: ["true"])
+    with monitor(emulator.monitor, ["host forwarding rule for tcp:127.0.0.1:2022 removed\r\n", ""]) as asked:
+        emulator.link(Link(loss=0.1))
+    assert asked == ["hostfwd_remove net tcp:127.0.0.1:2022", "hostfwd_add net tcp:127.0.0.1:2022-:2200"]
+    refused = pytest.raises(SystemExit, match="kitchen did not change its port: host forwarding rule not found")
+    with monitor(emulator.monitor, ["host forwarding rule not found\r\n", "Could not set up"]), refused:
+        emulator.link(Link(loss=0.1))
+    monkeypatch.setattr(emulator, "ssh", lambda user, *words: ["sh", "-c", "echo tc: unknown >&2; exit 2"])
+    with pytest.raises(SystemExit, match="the link of kitchen did not change: tc: unknown"):
+        emulator.link(Link(loss=0.1))
+
+
+@contextmanager
+def monitor(path: Path, answers: list[str]) -> Iterator[list[str]]:
+    """An emulator's monitor that gives these answers; the commands that it was asked."""
+    asked: list[str] = []
+
+    def talk() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rw") as stream:
+            stream.write('{"QMP": {}}\n')
+            for answer in ["", *answers]:
+                stream.flush()
+                asked.append(json.loads(stream.readline()).get("arguments", {}).get("command-line", ""))
+                stream.write(json.dumps({"return": answer}) + "\n")
+
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=talk)
+        thread.start()
+        yield asked
+        thread.join()
+    del asked[0]

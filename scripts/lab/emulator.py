@@ -135,7 +135,11 @@ class Emulator:
 
     def link(self, link: Link) -> None:
         """Make the board's link such for connections that begin from now on, until it is switched off."""
-        subprocess.run(self.ssh("root", "sh"), input=link.commands(), check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            self.ssh("root", "sh"), input=link.commands(), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"the link of {self.board.name} did not change: {done.stderr.strip()}")
         here = f"tcp:127.0.0.1:{self.port()}"
         said = self._ask(f"hostfwd_remove net {here}", f"hostfwd_add net {here}-:{link.port}")
         if not ("removed" in said[0] and said[1] == ""):
