@@ -42,7 +42,7 @@ NewBoard = Callable[..., TestBoard]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--short", action="store_true", help="leave out what is marked long, and PyTorch")
-    parser.addoption("--power-cuts", type=int, metavar="N", help="how many; 100, or 8 of a short run")
+    parser.addoption("--power-cuts", type=int, metavar="N", help="how many; 100, or 4 of a short run")
     parser.addoption("--keep-card", type=Path, metavar="FOLDER", help="where a provisioned card stays for other runs")
 
 

@@ -16,6 +16,7 @@ from edge_infer.bundle import Bundle
 
 TARGET = "raspberry-pi-zero-2w"
 CASES = [("tflite", "int8"), ("tflite", "float16"), ("onnx", "float32"), ("onnx", "int8")]
+SHORT = ("onnx", "int8")
 COUNT = 60
 THERE = """
 import numpy as np
@@ -31,7 +32,10 @@ print("{}")
 """
 
 
-@pytest.mark.parametrize(("format", "precision"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("format", "precision"),
+    [pytest.param(*case, id="-".join(case), marks=() if case == SHORT else pytest.mark.long) for case in CASES],
+)
 def test_answers_differ_by_no_more_than_the_target_allows(
     zero: TestBoard, packaged: Callable[..., Bundle], format: str, precision: str
 ) -> None:

@@ -84,6 +84,7 @@ def fill(board: TestBoard, byte: bytes, *, fsync: bool) -> None:
     board.shell("python3 -", given=FILL.format(size=SIZE, byte=byte, fsync=fsync).encode(), user="root")
 
 
+@pytest.mark.long
 def test_a_board_knows_that_its_card_has_a_cache_and_flushes_it(board: TestBoard) -> None:
     assert board.shell("cat /sys/block/vda/queue/write_cache").stdout == b"write back\n"
     board.shell(NO_COMMITS, user="root")
@@ -94,7 +95,14 @@ def test_a_board_knows_that_its_card_has_a_cache_and_flushes_it(board: TestBoard
     assert state(board)["flushes"] > before
 
 
-@pytest.mark.parametrize(("mode", "seed", "expected"), [("dropped", 0, OLD), ("kept", 0, NEW), ("mix", 1, OLD + NEW)])
+@pytest.mark.parametrize(
+    ("mode", "seed", "expected"),
+    [
+        pytest.param("dropped", 0, OLD, marks=pytest.mark.long),
+        pytest.param("kept", 0, NEW, marks=pytest.mark.long),
+        ("mix", 1, OLD + NEW),
+    ],
+)
 def test_what_was_flushed_is_whole_and_the_rest_as_the_mode_says(
     board: TestBoard, mode: str, seed: int, expected: bytes
 ) -> None:
@@ -152,6 +160,7 @@ class Careful:
         return self.numbers
 
 
+@pytest.mark.long
 def test_what_a_careful_program_calls_durable_is_whole_after_any_mix(board: TestBoard) -> None:
     durable: dict[str, int] = {}
     lost = torn = 0
@@ -174,6 +183,7 @@ def test_what_a_careful_program_calls_durable_is_whole_after_any_mix(board: Test
     record.note("card", "careful", cuts=4, replaced=max(durable.values()) + 1, sectors_dropped=lost, writes_torn=torn)
 
 
+@pytest.mark.long
 def test_a_worn_out_card_fails_what_writes_and_the_board_can_still_be_asked(board: TestBoard) -> None:
     fill(board, OLD, fsync=True)
     board.emulator.wear_out()

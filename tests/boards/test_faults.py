@@ -91,6 +91,7 @@ def test_a_full_card_is_refused_before_a_byte_is_sent(releases: Releases) -> Non
     releases.push(bundle)
 
 
+@pytest.mark.long
 def test_a_card_that_fills_up_in_a_push_keeps_what_arrived(releases: Releases) -> None:
     board, bundle = releases.board, releases.next()
     board.link(SLOW)
@@ -108,6 +109,7 @@ def test_a_card_that_fills_up_in_a_push_keeps_what_arrived(releases: Releases) -
     assert releases.push(bundle) <= bundle.manifest.size - arrived
 
 
+@pytest.mark.long
 def test_a_card_that_is_mounted_read_only_serves_and_takes_no_push(releases: Releases) -> None:
     board, bundle = releases.board, releases.next()
     board.shell("mount -o remount,ro /", user="root")
@@ -120,6 +122,7 @@ def test_a_card_that_is_mounted_read_only_serves_and_takes_no_push(releases: Rel
     releases.push(bundle)
 
 
+@pytest.mark.long
 def test_a_card_with_its_write_protection_on_serves_and_takes_no_push(releases: Releases) -> None:
     board, bundle = releases.board, releases.next()
     board.emulator.stop()
@@ -133,6 +136,7 @@ def test_a_card_with_its_write_protection_on_serves_and_takes_no_push(releases: 
     releases.push(bundle)
 
 
+@pytest.mark.long
 def test_a_card_whose_writes_fail_serves_what_it_has(releases: Releases) -> None:
     """Its file system stops at the first error that it meets, as Raspberry Pi OS mounts it."""
     board, bundle = releases.board, releases.next()
@@ -157,7 +161,9 @@ SIGNERS = ".edge-infer/allowed_signers"
 TRIAL_S = 30
 
 
-@pytest.fixture(scope="module", params=[PAST, FUTURE], ids=["2016", "2038"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(PAST, id="2016"), pytest.param(FUTURE, id="2038", marks=pytest.mark.long)]
+)
 def year(request: pytest.FixtureRequest, releases: Releases) -> Iterator[int]:
     """What the board's clock shows since its start."""
     releases.board.restart(clock=request.param)
@@ -176,6 +182,7 @@ def test_a_doctor_sees_a_wrong_clock(releases: Releases, year: int) -> None:
     note("faults", f"clock in {year}", said=line["text"])
 
 
+@pytest.mark.long
 def test_a_key_with_dates_counts_by_the_boards_clock_and_one_without_always(
     releases: Releases, year: int, tmp_path: Path
 ) -> None:
@@ -193,6 +200,7 @@ def test_a_key_with_dates_counts_by_the_boards_clock_and_one_without_always(
     board.shell(f"rm {SIGNERS}")
 
 
+@pytest.mark.long
 def test_a_trial_ends_by_the_time_since_the_start(releases: Releases, year: int) -> None:
     board, tried = releases.board, releases.next()
     words = ("push", tried.path, board.name, "--confirm-within", str(TRIAL_S), *PATIENT)
@@ -224,7 +232,7 @@ SELF_TEST = "until pgrep -f '[e]dge_infer selftest' >/dev/null; do sleep 0.1; do
 BOOT = "cat /proc/sys/kernel/random/boot_id"
 
 
-@pytest.mark.parametrize("how", ["reboot", "power cut"])
+@pytest.mark.parametrize("how", ["reboot", pytest.param("power cut", marks=pytest.mark.long)])
 def test_a_board_that_starts_anew_in_a_self_test_serves_the_old_model(releases: Releases, how: str) -> None:
     board, bundle = releases.board, releases.next()
     boot = board.shell(BOOT).stdout
@@ -266,7 +274,7 @@ def anna(releases: Releases, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("first", ["here", "anna"])
+@pytest.mark.parametrize("first", [pytest.param("here", marks=pytest.mark.long), "anna"])
 def test_of_two_hosts_one_waits_or_is_refused_and_both_arrive(releases: Releases, anna: Path, first: str) -> None:
     board, one, two = releases.board, releases.next(), releases.next()
     homes = (None, anna) if first == "here" else (anna, None)
@@ -285,6 +293,7 @@ def test_of_two_hosts_one_waits_or_is_refused_and_both_arrive(releases: Releases
     releases.check()
 
 
+@pytest.mark.long
 def test_a_host_that_vanishes_in_a_push_leaves_no_lock(releases: Releases, anna: Path) -> None:
     board, one, two = releases.board, releases.next(), releases.next()
     board.link(SLOW)

@@ -136,6 +136,7 @@ def fleet(
         board.emulator.cut_power()
 
 
+@pytest.mark.long
 def test_a_rollout_ends_at_a_board_that_answers_otherwise_and_resume_brings_all_home(
     fleet: Fleet, releases: list[dict[str, Bundle]]
 ) -> None:

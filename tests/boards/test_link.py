@@ -98,6 +98,7 @@ def test_a_push_that_is_cut_again_and_again_arrives_and_sends_little_twice(
     assert arrived["replaced"] == old.digest and serving(board) == new.digest
 
 
+@pytest.mark.long
 def test_what_was_written_there_is_not_sent_again_however_the_connection_ends(
     board: TestBoard, proxy: Proxy, releases: list[Bundle]
 ) -> None:
@@ -116,12 +117,14 @@ def test_what_was_written_there_is_not_sent_again_however_the_connection_ends(
     assert again == 0 and serving(board) == new.digest
 
 
+@pytest.mark.long
 def test_status_and_doctor_answer_over_it(board: TestBoard) -> None:
     assert board.answer("status", board.name)["models"][0]["digest"] == serving(board)
     lines = board.answer("doctor", board.name, "--self-test-timeout", "600")["lines"]
     assert [line for line in lines if line["state"] == "wrong"] == []
 
 
+@pytest.mark.long
 def test_a_link_that_is_gone_for_a_while_ends_no_push(board: TestBoard, releases: list[Bundle]) -> None:
     """While files are sent. It is less than the host's and the board's patience with one that says nothing."""
     new = releases[3]
@@ -135,6 +138,7 @@ def test_a_link_that_is_gone_for_a_while_ends_no_push(board: TestBoard, releases
     assert board.shell("pgrep -f '[s]h gone'", user="root", check=False).stdout == b"", "it was never gone"
 
 
+@pytest.mark.long
 def test_another_board_in_its_place_is_refused(board: TestBoard, lab: Lab, releases: list[Bundle]) -> None:
     """With a host key of its own at the same port."""
     port = board.emulator.port()

@@ -36,7 +36,7 @@ class Case:
 #: What is smaller is sent sooner. TorchScript comes before the large ONNX, which finds its weights there.
 CASES = (
     pytest.param(Case("tflite", 8, 160 * MEGABYTE), id="tflite"),
-    pytest.param(Case("onnx", 13, 256 * MEGABYTE), id="onnx-small"),
+    pytest.param(Case("onnx", 13, 256 * MEGABYTE), id="onnx-small", marks=pytest.mark.long),
     pytest.param(Case("torchscript", 26, processes=2), id="torchscript", marks=pytest.mark.long),
     pytest.param(Case("onnx", 26), id="onnx", marks=pytest.mark.long),
 )

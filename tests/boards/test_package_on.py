@@ -26,6 +26,7 @@ def package(board: TestBoard, out: Path, *words: str, status: int = 0) -> Any:
     return board.edge_infer(*common, *words, status=status)
 
 
+@pytest.mark.long
 def test_candidates_of_two_engines_are_measured_on_the_board_and_marked(zero: TestBoard, tmp_path: Path) -> None:
     words = ("--precision", "float32", "--max-latency", "60s", "--json")
     said = json.loads(package(zero, tmp_path / "d.edge", *words).stdout)
@@ -68,6 +69,7 @@ def tuned(zero: TestBoard, packaged: Callable[..., Bundle]) -> dict[str, Any]:
     return dict(row)
 
 
+@pytest.mark.long
 def test_a_tuned_push_says_that_the_plan_is_of_an_emulated_machine(zero: TestBoard, tuned: dict[str, Any]) -> None:
     assert tuned["tuned"].endswith(f", on an emulated machine ({EMULATED})")
     assert "not tuned" not in tuned["tuned"]
@@ -76,6 +78,7 @@ def test_a_tuned_push_says_that_the_plan_is_of_an_emulated_machine(zero: TestBoa
     note("measured", "tune", push=tuned["tuned"], info=said["tuned"].partition(":")[0])
 
 
+@pytest.mark.long
 def test_a_plan_does_not_go_along_with_the_card_to_another_machine(zero: TestBoard, tuned: dict[str, Any]) -> None:
     """Without its device tree the board is none that is known to be emulated."""
     zero.shell(f"mount -t tmpfs none {TREE}", user="root")
@@ -86,6 +89,7 @@ def test_a_plan_does_not_go_along_with_the_card_to_another_machine(zero: TestBoa
     assert said["digest"] == tuned["digest"] and said["tuned"] is None
 
 
+@pytest.mark.long
 def test_a_benchmark_on_the_board_says_that_it_is_emulated(zero: TestBoard, tuned: dict[str, Any]) -> None:
     measured = json.loads(zero.shell(f"{PYTHON} -m edge_infer bench digits --runs 5 --json").stdout)
     assert measured["emulated"] == EMULATED and measured["runs"] >= 1
@@ -93,6 +97,7 @@ def test_a_benchmark_on_the_board_says_that_it_is_emulated(zero: TestBoard, tune
     assert f"emulated       {EMULATED}\n" in table
 
 
+@pytest.mark.long
 def test_a_doctor_says_that_the_board_is_emulated(zero: TestBoard) -> None:
     lines = {line["topic"]: line for line in zero.answer("doctor", zero.name)["lines"]}
     assert lines["system"]["text"].endswith(f", emulated: {EMULATED}") and lines["system"]["state"] == "ok"

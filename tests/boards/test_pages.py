@@ -87,7 +87,10 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     return {format: dense.dense(folder, format, LAYERS, PAGE, name_of(format)) for format in FORMATS}
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(format, marks=pytest.mark.long if format != "onnx" else ()) for format in FORMATS],
+)
 def pushed(board: TestBoard, bundles: dict[str, Bundle], request: pytest.FixtureRequest) -> Bundle:
     bundle = bundles[request.param]
     board.edge_infer("push", bundle.path, board.name, "--self-test-timeout", "600")
@@ -135,6 +138,7 @@ def test_weights_are_mapped_and_not_copied(board: TestBoard, pushed: Bundle) -> 
         assert all(offset % PAGE == 0 for offset, length in placed.values() if length >= PAGE)
 
 
+@pytest.mark.long
 def test_pages_are_brought_in_and_kept(board: TestBoard, pushed: Bundle) -> None:
     format = pushed.manifest.artifact.format
     assert opened(board, format, residency="prefault")["resident"] >= WEIGHTS
@@ -150,6 +154,7 @@ def entry_of(found: dict[str, Any]) -> set[str]:
     return {Path(path).parent.name for *_, path in found["maps"] if "/cache/" in path}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pushed", CACHED, indirect=True)
 def test_what_an_engine_made_goes_with_the_processor_and_not_with_the_card(
     board: TestBoard, pushed: Bundle, new_board: NewBoard, tmp_path: Path

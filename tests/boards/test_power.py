@@ -30,7 +30,7 @@ OPERATIONS = ("push", "rollback", "activation", "collection")
 KEPT = {"collection": "1", "nothing": "4"}
 #: Random bytes that come with every release, so that there is something to stream.
 ATTACHED_BYTES = 2**18
-SHORT, WHOLE = 8, 100
+SHORT, WHOLE = 4, 100
 
 SERVING = """
 import json

@@ -19,7 +19,12 @@ from edge_infer.bundle import Bundle
 TARGET = "raspberry-pi-4"
 #: What the target's engines take; PyTorch on a processor is offered no float16.
 CASES = [
-    pytest.param(format, precision, id=f"{format}-{precision}", marks=[pytest.mark.long] * (format == "torchscript"))
+    pytest.param(
+        format,
+        precision,
+        id=f"{format}-{precision}",
+        marks=[pytest.mark.long] * (format == "torchscript" or precision == "float16"),
+    )
     for format in SOURCES
     for precision in ("float32", "float16", "int8")
     if (format, precision) != ("torchscript", "float16")
