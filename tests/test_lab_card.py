@@ -173,13 +173,17 @@ def test_the_oldest_writes_become_durable_when_the_cache_is_full(serve: Any, ima
     assert sectors(image, 0, 3) == [A, B, B]
 
 
+#: Writes of four pages each, one after the other.
+WRITES, PAGE, WRITE = 40, 8, 4 * 8
+
+
 def after_a_cut(lab: Any, image: Path, seed: int) -> tuple[list[bytes], dict[str, Any]]:
-    """Forty writes of four sectors, each with its own content, and a cut."""
-    image.write_bytes(OLD * (SIZE // SECTOR))
+    """The writes, each with its own content, and a cut."""
+    image.write_bytes(OLD * (2 * WRITES * WRITE))
     card = lab.card.Card(lab.card.RawFile(image, False))
-    for number in range(40):
-        card.write(4 * number * SECTOR, bytes([number]) * 4 * SECTOR, False)
-    return sectors(image, 0, 160), card.cut_power("mix", seed)
+    for number in range(WRITES):
+        card.write(WRITE * number * SECTOR, bytes([number]) * WRITE * SECTOR, False)
+    return sectors(image, 0, WRITES * WRITE), card.cut_power("mix", seed)
 
 
 def test_the_same_seed_gives_the_same_mix(lab: Any, image: Path) -> None:
@@ -191,20 +195,23 @@ def test_the_same_seed_gives_the_same_mix(lab: Any, image: Path) -> None:
     assert image.read_bytes() != content
 
 
-def test_a_mix_keeps_drops_and_tears_writes_at_sectors(lab: Any, image: Path) -> None:
+def test_a_mix_keeps_drops_and_tears_writes_at_pages(lab: Any, image: Path) -> None:
     _, done = after_a_cut(lab, image, 7)
-    kept = [sector == bytes([number // 4]) * SECTOR for number, sector in enumerate(sectors(image, 0, 160))]
-    writes = [kept[start : start + 4] for start in range(0, 160, 4)]
-    lost = [sector for number, sector in enumerate(sectors(image, 0, 160)) if not kept[number]]
-    assert set(lost) == {OLD}, "a sector is as before or as written"
-    assert set(sectors(image, 160, SIZE // SECTOR - 160)) == {OLD}
-    torn = [write for write in writes if 0 < sum(write) < 4]
+    after = sectors(image, 0, WRITES * WRITE)
+    kept = [sector == bytes([number // WRITE]) * SECTOR for number, sector in enumerate(after)]
+    assert {sector for sector, is_kept in zip(after, kept, strict=True) if not is_kept} == {OLD}, (
+        "as before or as written"
+    )
+    assert set(sectors(image, WRITES * WRITE, WRITES * WRITE)) == {OLD}
+    assert {sum(kept[start : start + PAGE]) for start in range(0, len(kept), PAGE)} == {0, PAGE}
+    writes = [sum(kept[start : start + WRITE]) for start in range(0, len(kept), WRITE)]
+    torn = [count for count in writes if 0 < count < WRITE]
     assert done == {
-        **{"mode": "mix", "seed": 7, "flushes": 0, "writes": 40, "torn": len(torn)},
-        **{"sectors_kept": sum(kept), "sectors_dropped": 160 - sum(kept)},
+        **{"mode": "mix", "seed": 7, "flushes": 0, "writes": WRITES, "torn": len(torn)},
+        **{"sectors_kept": sum(kept), "sectors_dropped": len(kept) - sum(kept)},
     }
-    assert torn and [True] * 4 in writes and [False] * 4 in writes
-    assert writes.index([False] * 4) < 39 - writes[::-1].index([True] * 4), "a later write without an earlier one"
+    assert torn and WRITE in writes and 0 in writes
+    assert writes.index(0) < WRITES - 1 - writes[::-1].index(WRITE), "a later write without an earlier one"
 
 
 def test_a_mix_of_overlapping_writes_may_keep_the_older_one(lab: Any, image: Path) -> None:
