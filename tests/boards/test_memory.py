@@ -163,7 +163,7 @@ def pushed(zero: TestBoard, request: pytest.FixtureRequest, tmp_path_factory: py
     case: Case = request.param
     bundle = dense.dense(tmp_path_factory.mktemp("dense"), case.format, case.layers)
     zero.resize(case.memory_bytes)
-    said = zero.answer("push", bundle.path, zero.name, "--self-test-timeout", "900")
+    (said,) = zero.answer("push", bundle.path, zero.name, "--self-test-timeout", "900")["devices"]
     return Pushed(zero, case, f"{case.format}-{case.layers * dense.LAYER_BYTES // MEGABYTE}", said["sent_bytes"])
 
 
