@@ -167,8 +167,7 @@ def memory(cases: Cases) -> list[str]:
         elif case == "refused":
             ends += [[f"load where {how} is too little", facts[key]] for how, key in REFUSALS.items()]
         else:
-            said = facts["said"]
-            ends.append([case, said if isinstance(said, str) else f"{said['type']}: {said['message']}"])
+            ends.append([case, facts["said"]])
     columns = ["model", "weights>", "board>", "Linux has>", "plain engine", "mapped: private more>", "mapped>"]
     columns_shared = [
         "model",
