@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from answer_rule import BOARDS, LEAST, LEAST_OF_OTHERS, MARGIN, Row, figure, largest
+from answer_rule import LEAST, LEAST_OF_OTHERS, MARGIN, Row, figure, largest, measured
 from pages import markdown
 
 from edge_infer.measure import TOLERANCES
@@ -73,7 +73,7 @@ def line(key: tuple[str, ...], rows: list[Row]) -> list[str]:
 
 def tolerances(report: Report) -> list[str]:
     rows = []
-    for name, places in BOARDS.items():
+    for name, places in measured(report["rows"]).items():
         for engine in read_target(name).engines:
             for precision in engine.precisions:
                 seen = largest(report["rows"], engine.format, precision, places)

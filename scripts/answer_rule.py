@@ -38,6 +38,12 @@ def largest(rows: Iterable[Row], format: str, precision: str, places: Iterable[s
     return max(found, default=None)
 
 
+def measured(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    """The targets all of whose processors were asked, with the boards that have those."""
+    asked = {row["place"] for row in rows}
+    return {target: places for target, places in BOARDS.items() if asked.issuperset(places)}
+
+
 def figure(seen: float, precision: str) -> float:
     """The tolerance that follows from the largest share ``seen``, at most the whole value."""
     return min(1.0, max(round_up(MARGIN * seen), LEAST.get(precision, LEAST_OF_OTHERS)))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from edge_infer.measure import TOLERANCES
+from edge_infer.target import read_target
 
 
 @pytest.fixture
@@ -46,3 +50,15 @@ def test_only_boards_with_the_processor_of_a_target_count_for_it(rule: ModuleTyp
 def test_a_share_is_the_largest_difference_of_a_question_over_the_largest_value(answers: ModuleType) -> None:
     here, there = np.array([[1.0, 4.0], [2.0, 2.0]]), np.array([[1.0, 3.0], [2.0, 2.5]])
     assert answers.share(here, there, 4.0).tolist() == [0.25, 0.125]
+
+
+def test_targets_allow_what_the_rule_makes_of_what_was_measured(rule: ModuleType) -> None:
+    rows = json.loads((ROOT / "docs" / "device-answers.json").read_text())["rows"]
+    assert rule.measured(rows)
+    for name, places in rule.measured(rows).items():
+        for engine in read_target(name).engines:
+            for precision in engine.precisions:
+                seen = rule.largest(rows, engine.format, precision, places)
+                if seen is not None:
+                    allowed = engine.golden_tolerance.get(precision, TOLERANCES[precision].golden)
+                    assert allowed == rule.figure(seen, precision), (name, engine.format, precision)
