@@ -27,6 +27,8 @@ BAD = Link(latency_ms=200, loss=0.02, bandwidth=2_000_000)
 #: A link that is gone. TCP tries again ever more seldom, so that it comes back later than the link does.
 DEAD, DEAD_S = Link(latency_ms=200, loss=1.0), 8
 ATTACHED_BYTES = 300_000
+#: What comes with the release whose connection is reset, and of it what is there then: more than what buffers hold.
+RESET_BYTES, RESETS = 1_500_000, (100_000, 900_000)
 #: Bytes of each connection after which it is cut: in the login, in what a push starts with, and in the files.
 CUTS = (1_500, 20_000, 110_000, 160_000, 130_000)
 #: Files are sent whole. And a cut is noticed over there when what was under way has arrived, or after two minutes.
@@ -42,7 +44,8 @@ def releases(packaged: Callable[..., Bundle], tmp_path_factory: pytest.TempPathF
 
     old = packaged(SOURCES["tflite"], "tflite", "float32", TARGET)
     new = packaged(SOURCES["tflite"], "tflite", "int8", TARGET)
-    return [old, *(release(new, folder, number, ATTACHED_BYTES) for number in range(3))]
+    sizes = (ATTACHED_BYTES, RESET_BYTES, ATTACHED_BYTES)
+    return [old, *(release(new, folder, number, size) for number, size in enumerate(sizes))]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_what_was_written_there_is_not_sent_again_however_the_connection_ends(
 ) -> None:
     """Both ends get a reset, and what was under way is lost."""
     new, written, before = releases[2], 0, proxy.counts()["up"]
-    for enough in (40_000, 160_000):
+    for enough in RESETS:
         push = Started(board, "push", new.path, "cut", *WHOLE)
         written = staged(board, new, enough)
         proxy.cut()
@@ -113,7 +116,7 @@ def test_what_was_written_there_is_not_sent_again_however_the_connection_ends(
     arrived = board.answer("push", new.path, "cut", *WHOLE)["devices"][0]
     passed = proxy.counts()["up"] - before
     again = max(0, written + arrived["sent_bytes"] - new.manifest.size)
-    note("link", "reset", cuts=2, file_bytes=new.manifest.size, passed_bytes=passed, again_bytes=again)
+    note("link", "reset", cuts=len(RESETS), file_bytes=new.manifest.size, passed_bytes=passed, again_bytes=again)
     assert again == 0 and serving(board) == new.digest
 
 
