@@ -130,7 +130,7 @@ def link(cases: Cases) -> list[str]:
         rows.append(
             [case, *(f"{number:,}" for number in (facts["cuts"], facts["file_bytes"], facts["passed_bytes"], again))]
         )
-    return markdown(["cut", "times>", "bytes of files>", "bytes passed>", "of files passed twice>"], rows)
+    return markdown(["cut", "times>", "bytes of files>", "bytes passed>", "of files, again>"], rows)
 
 
 def faults(cases: Cases) -> list[str]:
