@@ -35,8 +35,8 @@ from lab.nbd import SECTOR
 CACHE_BYTES = 64 * 2**20
 #: The longest write to the file at once.
 RUN_SECTORS = 2**20 // SECTOR
-#: A page is whole or not there: no flash writes less. Where the last commit block of an ext4 is torn at sectors,
-#: Linux 6.1 does not mount it ("jbd2: avoid mount failed when commit block is partial submitted").
+#: A page is whole or not there. There are cards that tear smaller, but Linux 6.1 does not mount an ext4
+#: whose last commit block is torn at sectors ("jbd2: avoid mount failed when commit block is partial submitted").
 PAGE_SECTORS = 4096 // SECTOR
 #: What becomes of the writes since the last flush. mix: each is kept, dropped, or torn at pages, with equal chance.
 MODES = ("dropped", "kept", "mix")

@@ -3,9 +3,8 @@
     python3 - < road.py
 
 What the emulator passes on ends here, and another connection begins, from the board's kernel to the board's kernel
-across a veth pair that lab/network.py makes slow, far and lossy. The emulator's own TCP is not made for loss: where
-packets were missing, the first bytes of a connection did not arrive as they were sent (libslirp 4.7.0). An end is
-passed on as an end, a reset as a reset.
+across a veth pair that lab/network.py makes slow, far and lossy. The emulator's own TCP is left out of
+it: decision 32 says what was seen with packets missing there. An end is passed on as an end, a reset as a reset.
 """
 
 from __future__ import annotations
