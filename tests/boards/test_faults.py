@@ -23,8 +23,10 @@ from edge_infer.bundle import Bundle
 
 TARGET = "raspberry-pi-zero-2w"
 ATTACHED_BYTES = 300_000
-#: On it a release is under way for some seconds.
+#: On it such a release is under way for some seconds,
 SLOW = Link(bandwidth=200_000)
+#: and one with so many bytes for longer than another host takes to log in.
+LONG_BYTES = 1_000_000
 PATIENT = ("--self-test-timeout", "600")
 
 
@@ -276,7 +278,7 @@ def anna(releases: Releases, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("first", [pytest.param("here", marks=pytest.mark.long), "anna"])
 def test_of_two_hosts_one_waits_or_is_refused_and_both_arrive(releases: Releases, anna: Path, first: str) -> None:
-    board, one, two = releases.board, releases.next(), releases.next()
+    board, one, two = releases.board, releases.next(LONG_BYTES), releases.next()
     homes = (None, anna) if first == "here" else (anna, None)
     board.link(SLOW)
     begun = Started(board, "push", one.path, board.name, *PATIENT, home=homes[0])
