@@ -19,11 +19,11 @@ from edge_infer.bundle import Bundle
 from edge_infer.runtime.engines.torchscript import TENSOR_TABLE
 
 PAGE = 16384
-LAYERS = 2
-WEIGHTS = LAYERS * dense.LAYER_BYTES
 #: Engines that keep what they made of a model, and map that.
 CACHED = ("tflite", "onnx")
-FORMATS = (*CACHED, "torchscript")
+#: PyTorch's kernels for ARM lay a layer out anew while it runs, and malloc keeps the room of one or two of these: as
+#: much for two layers as for five. So there are enough for copies of all to be seen beside that.
+LAYERS = {"tflite": 2, "onnx": 2, "torchscript": 6}
 
 #: After NAME and HOW.
 OPEN = """
@@ -70,6 +70,10 @@ def opened(board: TestBoard, format: str, user: str = "pi", **how: Any) -> dict[
     return board.python(code, python="HOME=/home/pi /home/pi/.edge-infer/venv/bin/python", user=user)
 
 
+def weights_of(format: str) -> int:
+    return LAYERS[format] * dense.LAYER_BYTES
+
+
 def name_of(format: str) -> str:
     return f"dense-{format}"
 
@@ -84,12 +88,12 @@ def board(new_board: NewBoard, provisioned: Provisioned) -> Iterator[TestBoard]:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     folder = tmp_path_factory.mktemp("dense")
-    return {format: dense.dense(folder, format, LAYERS, PAGE, name_of(format)) for format in FORMATS}
+    return {format: dense.dense(folder, format, count, PAGE, name_of(format)) for format, count in LAYERS.items()}
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(format, marks=pytest.mark.long if format != "onnx" else ()) for format in FORMATS],
+    params=[pytest.param(format, marks=pytest.mark.long if format != "onnx" else ()) for format in LAYERS],
 )
 def pushed(board: TestBoard, bundles: dict[str, Bundle], request: pytest.FixtureRequest) -> Bundle:
     bundle = bundles[request.param]
@@ -125,28 +129,29 @@ def test_a_bundle_for_smaller_pages_is_refused(board: TestBoard, tmp_path: Path)
 
 def test_weights_are_mapped_and_not_copied(board: TestBoard, pushed: Bundle) -> None:
     format = pushed.manifest.artifact.format
-    found = opened(board, format)
-    note("pages", format, weights=WEIGHTS, **found)
+    found, weights = opened(board, format), weights_of(format)
+    note("pages", format, weights=weights, **found)
     assert found["page"] == PAGE and found["notes"] == [] and found["difference"] <= dense.TOLERANCE
     covered = sum(end - start for start, end, _, _ in found["maps"])
-    assert covered >= WEIGHTS
+    assert covered >= weights
     assert all(number % PAGE == 0 for *numbers, _ in found["maps"] for number in numbers)
-    assert found["private"] < WEIGHTS / 2
+    assert found["private"] < weights / 2
     if format != "tflite":  # a flatbuffer has an alignment of its own, and XNNPACK reads what it made of it
         placed = places(pushed)
-        assert len(placed) == LAYERS
+        assert len(placed) == LAYERS[format]
         assert all(offset % PAGE == 0 for offset, length in placed.values() if length >= PAGE)
 
 
 @pytest.mark.long
 def test_pages_are_brought_in_and_kept(board: TestBoard, pushed: Bundle) -> None:
     format = pushed.manifest.artifact.format
-    assert opened(board, format, residency="prefault")["resident"] >= WEIGHTS
+    weights = weights_of(format)
+    assert opened(board, format, residency="prefault")["resident"] >= weights
     refused = opened(board, format, residency="lock")
     assert "ulimit -l" in refused["refused"] and "residency='prefault'" in refused["refused"]
     kept = opened(board, format, user="root", residency="lock")
-    assert kept["locked"] >= WEIGHTS and kept["resident"] >= WEIGHTS and kept["difference"] <= dense.TOLERANCE
-    assert kept["locked"] % PAGE == 0 and kept["private"] < WEIGHTS / 2
+    assert kept["locked"] >= weights and kept["resident"] >= weights and kept["difference"] <= dense.TOLERANCE
+    assert kept["locked"] % PAGE == 0 and kept["private"] < weights / 2
 
 
 def entry_of(found: dict[str, Any]) -> set[str]:
