@@ -30,7 +30,8 @@ def head(report: Report) -> list[str]:
         "Made by `python scripts/device_answers.py --docs`, which says what is measured: how far a bundle's answers on",
         "a board may lie from those of the machine that packages although nothing is wrong.",
         "",
-        f"Here: {engines}. What the others have is in the table of the differences.",
+        f"Here: {engines}. What the boards have is in the table of the differences.",
+        "Here was more than one machine; each trained the networks anew.",
         "",
         *markdown(
             ["machine", "processor", "what engines choose kernels by"],
@@ -49,13 +50,13 @@ def differences(report: Report) -> list[str]:
     for row in report["rows"]:
         key = tuple(row[name] for name in ("format", "precision", "place", "version"))
         groups.setdefault(key, []).append(row)
-    columns = ["engine", "precision", "machine", "version", "largest>", "99 %>", "median>", "network"]
+    columns = ["engine", "precision", "machine", "version", "largest>", "99 %>", "median>", "network", "here"]
     return [
         "## Differences",
         "",
-        "Shares of an output's largest value: the largest of all questions and networks, and of the network that it",
-        "was seen in, what 99 % of the questions and half of them stay below. Then how many of all answers fell to",
-        "another class, and how many were right.",
+        "Shares of an output's largest value: the largest of all questions, networks and machines here, and of those",
+        "that it was seen with, what 99 % of the questions and half of them stay below. Then how many of all answers",
+        "fell to another class, and how many were right.",
         "",
         *markdown([*columns, "other class>", "right here>", "right there>"], [line(*item) for item in groups.items()]),
         "",
@@ -68,15 +69,15 @@ def line(key: tuple[str, ...], rows: list[Row]) -> list[str]:
     right = (f"{sum(row[name] for row in rows) / asked:.2%}" for name in ("right_here", "right_there"))
     figures = (scientific(worst[name]) for name in ("largest", "p99", "median"))
     other = f"{sum(row['other_class'] for row in rows)} of {asked:,}"
-    return [ENGINES[key[0]], *key[1:], *figures, worst["network"], other, *right]
+    return [ENGINES[key[0]], *key[1:], *figures, worst["network"], worst["host"], other, *right]
 
 
 def tolerances(report: Report) -> list[str]:
     rows = []
-    for name, places in measured(report["rows"]).items():
+    for name in measured(report["rows"]):
         for engine in read_target(name).engines:
             for precision in engine.precisions:
-                seen = largest(report["rows"], engine.format, precision, places)
+                seen = largest(report["rows"], engine.format, precision, name)
                 if seen is not None:
                     usual = TOLERANCES[precision].golden
                     own = engine.golden_tolerance.get(precision, usual)
@@ -85,8 +86,8 @@ def tolerances(report: Report) -> list[str]:
     return [
         "## Tolerances",
         "",
-        f"The largest share seen on the processor of a target, {MARGIN} times, rounded up to 1, 2 or 5 times a power",
-        "of ten (`scripts/answer_rule.py`); at least",
+        f"The largest share seen, {MARGIN} times, rounded up to one digit: of float16 on the processor of the target,",
+        "of the others on any board, for a reason that `scripts/answer_rule.py` gives; at least",
         f"{', '.join(f'{least:g} ({kind})' for kind, least in LEAST.items())} and {LEAST_OF_OTHERS:g} for the others.",
         "",
         *markdown(["target", "engine", "precision", "largest>", "usual>", "by the rule>", "allowed>"], rows),

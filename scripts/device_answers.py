@@ -9,9 +9,10 @@ asks these alone, and the rest another time. ``--beside``: a Python of this mach
 to tell what another version changes from what another processor does.
 
 The bundles are in scripts/answer_cases.py. They are asked the 500 test digits here, with one thread as the packager
-does for the golden answers, and on one emulated board of each kind. A question's ``share`` is what golden questions
-are judged by: the largest absolute difference of an output over the largest value that it had when it was packaged;
-of several outputs that which differs most.
+does for the golden answers, and on one emulated board of each kind. This machine has kernels of its own too, by what
+its processor can: what was seen from machines that can other things stays in the docs beside it. A question's
+``share`` is what golden questions are judged by: the largest absolute difference of an output over the largest value
+that it had when it was packaged; of several outputs that which differs most.
 """
 
 from __future__ import annotations
@@ -148,6 +149,13 @@ def features_here() -> str:
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
+def host() -> str:
+    """What this machine's kernels are chosen by, in a word."""
+    features = features_here().split()
+    names = {"avx512_vnni": "AVX-512 VNNI", "avx_vnni": "AVX VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((name for feature, name in names.items() if feature in features), platform.machine())
+
+
 def compared(work: Path, format: str, there: Asked, target: str | None) -> Iterator[tuple[Case, np.ndarray, Any]]:
     """Each bundle that ``target`` gets (None: all) with the share of every question, and what became of classes."""
     here, labels = Asked(work, HERE).answers(format), split_digits()["test"][1]
@@ -186,6 +194,7 @@ def rows(work: Path, format: str, there: Asked, target: str | None) -> list[dict
                 "format": format,
                 "precision": case.precision,
                 "place": there.place,
+                "host": host(),
                 "processor": facts["processor"],
                 "version": facts["engine"][1],
                 **spread(shares),
@@ -210,7 +219,7 @@ def report(work: Path, refused: dict[str, str]) -> dict[str, Any]:
                 found += rows(work, format, there, KINDS[place].target if place in KINDS else None)
                 machines[place] = {name: there.facts(format)[name] for name in ("processor", "features")}
     here = {format: Asked(work, HERE).facts(format) for format in answer_cases.FORMS}
-    machines[HERE] = {name: here["onnx"][name] for name in ("processor", "features")}
+    machines[f"{HERE}: {host()}"] = {name: here["onnx"][name] for name in ("processor", "features")}
     return {
         "engines": {format: here[format]["engine"] for format in here},
         "machines": machines,
@@ -218,6 +227,19 @@ def report(work: Path, refused: dict[str, str]) -> dict[str, Any]:
         "batch": BATCH,
         "refused": refused,
         "rows": found,
+    }
+
+
+def beside_others(found: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with what is ``kept`` from other hosts, unless that is of other engines."""
+    if kept.get("engines") != found["engines"]:
+        return found
+    rows = [row for row in kept["rows"] if row["host"] != host()]
+    return {
+        **found,
+        "machines": {**kept["machines"], **found["machines"]},
+        "refused": {**kept["refused"], **found["refused"]},
+        "rows": [*rows, *found["rows"]],
     }
 
 
@@ -243,12 +265,13 @@ def main() -> None:
             raise SystemExit(f"there is no {card}; make it with scripts/test_device --keep-card {args.cards}")
         for kind in args.board or KINDS:
             ask_board(work, Lab(work / "boards"), kind, card)
-    found = report(work, refused)
+    facts = ROOT / "docs" / "device-answers.json"
+    found = beside_others(report(work, refused), json.loads(facts.read_text()) if facts.is_file() else {})
     text = answer_docs.page(found)
     print(text)
     if args.docs:
         (ROOT / "docs" / "device-answers.md").write_text(text)
-        (ROOT / "docs" / "device-answers.json").write_text(json.dumps(found, indent=1) + "\n")
+        facts.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
