@@ -169,8 +169,8 @@ def pushed(zero: TestBoard, request: pytest.FixtureRequest, tmp_path_factory: py
 
 def ended(board: TestBoard, code: str) -> str:
     """How Python with ``code`` ended: its status, as a shell has it, and the last line that it wrote."""
-    board.put(code.encode(), "code.py")
-    script = f"{PYTHON} code.py 2>&1; status=$?; echo; echo $status"
+    board.put(code.encode(), "plain.py")
+    script = f"{PYTHON} plain.py 2>&1; status=$?; echo; echo $status"
     lines = board.shell(script).stdout.decode().split("\n")
     said = [line for line in lines[:-2] if line.strip()]
     return f"{lines[-2]} {said[-1] if said else ''}".strip()
