@@ -35,7 +35,7 @@ class Case:
 
 #: What is smaller is sent sooner. TorchScript comes before the large ONNX, which finds its weights there.
 CASES = (
-    pytest.param(Case("tflite", 8, 160 * MEGABYTE), id="tflite"),
+    pytest.param(Case("tflite", 8, 160 * MEGABYTE), id="tflite", marks=pytest.mark.long),
     pytest.param(Case("onnx", 13, 256 * MEGABYTE), id="onnx-small", marks=pytest.mark.long),
     pytest.param(Case("torchscript", 26, processes=2), id="torchscript", marks=pytest.mark.long),
     pytest.param(Case("onnx", 26), id="onnx", marks=pytest.mark.long),
@@ -231,7 +231,7 @@ def test_processes_share_the_weights(pushed: Pushed) -> None:
     assert all(process["RssAnon"] < 1.25 * one["RssAnon"] for process in together)
 
 
-@pytest.mark.parametrize("pushed", [case for case in CASES if case.values[0].format == "tflite"], indirect=True)
+@pytest.mark.parametrize("pushed", CASES[:1], indirect=True)
 def test_what_has_to_be_private_is_refused_before_it_is_tried(pushed: Pushed) -> None:
     """XNNPACK repacks in private memory where it has no place for a file (ONNX and TorchScript map the bundle's own
     weights then); and what is allowed is heeded."""
