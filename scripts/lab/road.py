@@ -34,7 +34,12 @@ async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     far = socket.socket()
     far.setblocking(False)
     far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-    await asyncio.get_running_loop().sock_connect(far, SERVER)
+    try:
+        await asyncio.get_running_loop().sock_connect(far, SERVER)
+    except OSError:  # no SSH server, or not yet
+        far.close()
+        writer.transport.abort()
+        return
     far_reader, far_writer = await asyncio.open_connection(sock=far, limit=BUFFER_BYTES)
     for one in (writer, far_writer):
         one.transport.set_write_buffer_limits(BUFFER_BYTES)
