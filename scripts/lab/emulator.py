@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 from lab import card
@@ -32,14 +32,20 @@ class Emulator:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def pid(self) -> int | None:
-        """The emulator's process, None when the board is off."""
+        """The emulator's process, None when the board is off.
+
+        It locks the file with its number as long as it lives: one that was killed and is not gone yet is seen, and
+        another process that got the number is not.
+        """
         try:
-            pid = int((self.board.folder / "pid").read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            return None
-        # Another process may have got the number since.
-        return pid if os.fsencode(self.board.folder / "initrd") in command else None
+            with (self.board.folder / "pid").open("r+") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read())
+        except FileNotFoundError:
+            pass
+        return None
 
     def port(self) -> int:
         if self.pid() is None:

@@ -37,8 +37,8 @@ class Case:
 CASES = (
     pytest.param(Case("tflite", 8, 160 * MEGABYTE), id="tflite", marks=pytest.mark.long),
     pytest.param(Case("onnx", 13, 256 * MEGABYTE), id="onnx-small", marks=pytest.mark.long),
-    pytest.param(Case("torchscript", 26, processes=2), id="torchscript", marks=pytest.mark.long),
-    pytest.param(Case("onnx", 26), id="onnx", marks=pytest.mark.long),
+    pytest.param(Case("torchscript", 28, processes=2), id="torchscript", marks=pytest.mark.long),
+    pytest.param(Case("onnx", 28), id="onnx", marks=pytest.mark.long),
 )
 
 #: Bytes of a process as the kernel counts them.
