@@ -133,6 +133,22 @@ def test_the_number_of_another_process_is_no_board_that_is_on(lab: Lab) -> None:
     Emulator(lab.board("kitchen")).cut_power()  # and it is not killed
 
 
+def test_a_board_whose_emulator_is_not_gone_yet_is_on(lab: Lab) -> None:
+    """As one that was killed, while its memory is given back: it has no command line any more."""
+    folder = lab.boards_folder / "kitchen"
+    folder.mkdir(parents=True)
+    (folder / "board.json").write_text('{"kind": "pi-4"}')
+    (folder / "pid").write_text("1234\n")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / "pid")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        assert Emulator(lab.board("kitchen")).pid() == 1234
+        holder.communicate(b"\n")
+    assert Emulator(lab.board("kitchen")).pid() is None
+
+
 def test_the_command_says_what_is_missing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("start").stderr.startswith("which boards? --board KIND makes one")
     assert "not built; run device_lab build" in command("status").stderr
