@@ -44,8 +44,7 @@ class Tolerance:
 
     ``peak``: float32 and float16, largest difference over the largest value of the output. ``rms``: quantized,
     root mean square of the difference over that of the output about its mean. ``flips``: share of integers that
-    may change. ``golden``: as ``peak``, for the same artifact run by another build of its engine; at least twice what
-    was seen between processors, as docs/decisions/0008-tolerances.md says.
+    may change. ``golden``: as ``peak``, for the same artifact run by another build of its engine.
     """
 
     golden: float
@@ -56,13 +55,13 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(golden=1e-4, flips=0.0, peak=1e-4),
-    "float16": Tolerance(golden=3e-2, flips=0.02, peak=2e-2),
+    "float16": Tolerance(golden=1e-2, flips=0.02, peak=2e-2),
     "int8-dynamic": Tolerance(golden=5e-2, flips=0.05, rms=0.15),
-    "int8-weights": Tolerance(golden=5e-2, flips=0.05, rms=0.05),
-    "int4-weights": Tolerance(golden=5e-2, flips=0.1, rms=0.35),
+    "int8-weights": Tolerance(golden=1e-2, flips=0.05, rms=0.05),
+    "int4-weights": Tolerance(golden=1e-2, flips=0.1, rms=0.35),
     "int16x8": Tolerance(golden=1e-2, flips=0.05, rms=0.05),
-    "int8": Tolerance(golden=6e-2, flips=0.05, rms=0.25),
-    "int8-mixed": Tolerance(golden=6e-2, flips=0.05, rms=0.25),
+    "int8": Tolerance(golden=5e-2, flips=0.05, rms=0.25),
+    "int8-mixed": Tolerance(golden=5e-2, flips=0.05, rms=0.25),
 }
 
 

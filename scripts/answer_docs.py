@@ -23,6 +23,7 @@ def page(report: Report) -> str:
 
 def head(report: Report) -> list[str]:
     engines = ", ".join(f"{ENGINES[format]} {engine[1]}" for format, engine in report["engines"].items())
+    hosts = len({row["host"] for row in report["rows"]})
     networks = list(dict.fromkeys(row["network"] for row in report["rows"]))
     return [
         "# Answers of ARM kernels",
@@ -31,7 +32,7 @@ def head(report: Report) -> list[str]:
         "a board may lie from those of the machine that packages although nothing is wrong.",
         "",
         f"Here: {engines}. What the boards have is in the table of the differences.",
-        "Here was more than one machine; each trained the networks anew.",
+        *(["Here was more than one machine; each trained the networks anew."] if hosts > 1 else []),
         "",
         *markdown(
             ["machine", "processor", "what engines choose kernels by"],
